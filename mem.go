@@ -1,0 +1,328 @@
+package zestor
+
+import (
+	"iter"
+	"maps"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+)
+
+// NewMemStore returns a store in memory, which keeps nothing after Close. It
+// is for caches, tests and scratch data.
+//
+// Without a CompareFn values are equal if reflect.DeepEqual says so. View and
+// Update hold the store's lock while their function runs.
+func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
+	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
+	itself := func(value T) (T, error) { return value, nil }
+	c := newCore(e, opts, itself, itself, equality[T]())
+	c.plain = true
+	e.publish = func(changes []change[T]) { c.publish(nil, changes) }
+	e.watched = c.hub.watched
+	return &memStore[T]{c, e}
+}
+
+// memStore has quick paths of its own for the calls that programs make most.
+// They do what the core does, in one step.
+type memStore[T any] struct {
+	*core[T, T]
+	e *memEngine[T]
+}
+
+func (s *memStore[T]) Get(kind, key string) (value T, ok bool, err error) {
+	s.e.mu.RLock()
+	if k := s.e.kinds[kind]; k != nil {
+		if r := k.rows[key]; r != nil {
+			value = r.value
+			s.e.mu.RUnlock()
+			return value, true, nil
+		}
+	}
+	s.e.mu.RUnlock()
+	return s.core.Get(kind, key) // absent, or an error
+}
+
+// memEngine is a map of kinds behind a mutex.
+type memEngine[T any] struct {
+	publish func([]change[T]) // called with mu locked, so that the order of events is that of writes
+	watched func() bool
+
+	mu     sync.RWMutex
+	kinds  map[string]*memKind[T] // protected by mu
+	newest int64                  // protected by mu; the revision
+}
+
+// memKind is the rows of one kind, and an index of their keys.
+type memKind[T any] struct {
+	rows map[string]*memRow[T] // protected by the engine's mu
+
+	// The index is made when somebody first needs an order, and brought up
+	// to date when somebody next does, under the engine's read lock.
+	index  sync.Mutex
+	sorted []string // protected by index; nil: not made yet. It may name keys that are gone.
+	added  []string // protected by index; new keys that are not in sorted yet
+	gone   int      // protected by index; how many keys were deleted since sorted was made
+}
+
+type memRow[T any] struct {
+	value    T
+	version  int64
+	revision int64
+	millis   int64 // since 1970
+}
+
+func (r *memRow[T]) row(kind, key string) row[T] {
+	return row[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
+}
+
+func (e *memEngine[T]) read(fn func(snapshot[T]) error) error {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	return fn(&memTx[T]{memEngine: e})
+}
+
+func (e *memEngine[T]) view(fn func(snapshot[T]) error) error { return e.read(fn) }
+
+func (e *memEngine[T]) streams() bool { return false }
+
+func (e *memEngine[T]) tail(int64, <-chan struct{}, func([]change[T]) bool, func(int64, int64, error)) {
+}
+
+func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	t := memTx[T]{memEngine: e, watched: e.watched()}
+	defer t.rollback() // also after a panic or Goexit
+	if err := fn(&t); err != nil {
+		return err
+	}
+	t.undo = nil
+	if len(t.changes) > 0 {
+		e.publish(t.changes)
+	}
+	return nil
+}
+
+func (e *memEngine[T]) close() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.kinds = nil
+	return nil
+}
+
+// memTx is a transaction, or just a snapshot. The engine is locked.
+type memTx[T any] struct {
+	*memEngine[T]
+	watched bool
+	undo    []memUndo[T]
+	changes []change[T] // while somebody watches
+}
+
+// memUndo is what a key held before a write.
+type memUndo[T any] struct {
+	kind, key string
+	row       *memRow[T] // nil: it was absent
+}
+
+func (t *memTx[T]) rollback() {
+	for _, u := range slices.Backward(t.undo) {
+		t.replace(u.kind, u.key, u.row)
+	}
+	t.newest -= int64(len(t.undo))
+}
+
+func (t *memTx[T]) get(kind, key string) (*row[T], error) {
+	if k := t.kinds[kind]; k != nil && k.rows[key] != nil {
+		r := k.rows[key].row(kind, key)
+		return &r, nil
+	}
+	return nil, nil
+}
+
+func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[row[T], error] {
+	return func(yield func(row[T], error) bool) {
+		k := t.kinds[kind]
+		if k == nil {
+			return
+		}
+		keys := k.order()
+		lo, hi, bounded := r.bounds()
+		from, _ := slices.BinarySearch(keys, lo)
+		to := len(keys)
+		if bounded {
+			to, _ = slices.BinarySearch(keys, hi)
+		}
+		keys = keys[from:max(from, to)]
+		for n := range keys {
+			key := keys[n]
+			if r.Descending {
+				key = keys[len(keys)-1-n]
+			}
+			if found := k.rows[key]; found != nil {
+				if !yield(found.row(kind, key), nil) {
+					return
+				}
+				if r.Limit--; r.Limit == 0 {
+					return
+				}
+			}
+		}
+	}
+}
+
+func (t *memTx[T]) all() iter.Seq2[row[T], error] {
+	return func(yield func(row[T], error) bool) {
+		for kind, k := range t.kinds {
+			for key, r := range k.rows {
+				if !yield(r.row(kind, key), nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
+func (t *memTx[T]) keys(kind string) ([]string, error) {
+	k := t.kinds[kind]
+	if k == nil {
+		return []string{}, nil
+	}
+	return slices.DeleteFunc(slices.Clone(k.order()), func(key string) bool { return k.rows[key] == nil }), nil
+}
+
+func (t *memTx[T]) count(kind string) (int, error) {
+	if k := t.kinds[kind]; k != nil {
+		return len(k.rows), nil
+	}
+	return 0, nil
+}
+
+func (t *memTx[T]) revision() (int64, error) { return t.newest, nil }
+
+// history has nothing to tell: the memory store keeps none.
+func (t *memTx[T]) history(since int64) iter.Seq2[change[T], error] {
+	return func(yield func(change[T], error) bool) {
+		if since != t.newest {
+			yield(change[T]{}, ErrCompacted)
+		}
+	}
+}
+
+func (t *memTx[T]) put(kind, key string, value T, version int64) (int64, error) {
+	t.change(kind, key, &memRow[T]{value, version, t.newest + 1, time.Now().UnixMilli()})
+	return t.newest, nil
+}
+
+func (t *memTx[T]) remove(old *row[T]) error {
+	t.change(old.kind, old.key, nil)
+	return nil
+}
+
+// change is a write that can be undone and watched.
+func (t *memTx[T]) change(kind, key string, r *memRow[T]) {
+	old := t.replace(kind, key, r)
+	t.newest++
+	t.undo = append(t.undo, memUndo[T]{kind, key, old})
+	if !t.watched {
+		return
+	}
+	switch {
+	case r == nil:
+		gone := old.row(kind, key)
+		gone.revision = t.newest
+		t.changes = append(t.changes, change[T]{gone, EventDelete})
+	case old == nil:
+		t.changes = append(t.changes, change[T]{r.row(kind, key), EventCreate})
+	default:
+		t.changes = append(t.changes, change[T]{r.row(kind, key), EventUpdate})
+	}
+}
+
+// replace stores r under a key, or removes the key, and returns what was
+// there.
+func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) {
+	k := e.kinds[kind]
+	if k == nil {
+		k = &memKind[T]{rows: make(map[string]*memRow[T])}
+		e.kinds[kind] = k
+	}
+	old = k.rows[key]
+	if r != nil {
+		k.rows[key] = r
+	} else {
+		delete(k.rows, key)
+	}
+	switch {
+	case len(k.rows) == 0:
+		delete(e.kinds, kind)
+	case k.sorted == nil:
+	case old == nil:
+		k.added = append(k.added, key)
+	case r == nil:
+		k.gone++
+	}
+	if len(k.added)+k.gone > len(k.sorted)/2+64 {
+		k.sorted, k.added, k.gone = nil, nil, 0 // no better than a new one
+	}
+	return old
+}
+
+// order returns the keys in order, and some that are gone. It must not be used
+// after the engine is unlocked.
+func (k *memKind[T]) order() []string {
+	k.index.Lock()
+	defer k.index.Unlock()
+	if k.sorted == nil {
+		k.sorted = slices.Sorted(maps.Keys(k.rows))
+	}
+	if len(k.added) == 0 {
+		return k.sorted
+	}
+	// Merge from the end, so that only what lies behind the new keys moves.
+	slices.Sort(k.added)
+	from, to := len(k.sorted)-1, len(k.sorted)+len(k.added)-1
+	k.sorted = append(k.sorted, k.added...)
+	for n := len(k.added) - 1; n >= 0; to-- {
+		if from >= 0 && k.sorted[from] > k.added[n] {
+			k.sorted[to] = k.sorted[from]
+			from--
+		} else {
+			k.sorted[to] = k.added[n]
+			n--
+		}
+	}
+	k.added = k.added[:0]
+	if k.gone > 0 {
+		k.sorted = slices.Compact(k.sorted) // deleted and created again
+	}
+	return k.sorted
+}
+
+// equality returns reflect.DeepEqual, or == where that is the same.
+func equality[T any]() func(a, b T) bool {
+	if isPlain(reflect.TypeFor[T]()) {
+		return func(a, b T) bool { return any(a) == any(b) }
+	}
+	return func(a, b T) bool { return reflect.DeepEqual(a, b) }
+}
+
+// isPlain says that values of t hold no pointers, interfaces or anything else
+// that DeepEqual looks behind.
+func isPlain(t reflect.Type) bool {
+	switch t.Kind() {
+	case reflect.Array:
+		return isPlain(t.Elem())
+	case reflect.Struct:
+		for i := range t.NumField() {
+			if !isPlain(t.Field(i).Type) {
+				return false
+			}
+		}
+		return true
+	case reflect.String:
+		return true
+	}
+	return t.Kind() >= reflect.Bool && t.Kind() <= reflect.Complex128
+}

@@ -1,0 +1,498 @@
+package zestor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+)
+
+// EventType says what an Event is about.
+type EventType string
+
+const (
+	EventCreate EventType = "create" // a key is new
+	EventUpdate EventType = "update" // a key has a new value
+	EventDelete EventType = "delete" // a key is gone
+	EventSynced EventType = "synced" // the replay is complete; live changes follow
+	EventError  EventType = "error"  // the watch ends here, for the reason in Err
+)
+
+// Event is one step of a watch. An event of create, update or delete is a
+// change, or in an initial replay an entry. EventSynced and EventError have no
+// Key, Value and Version.
+type Event[T any] struct {
+	Type    EventType
+	Kind    string
+	Key     string
+	Value   T     // delete: the value that was deleted
+	Version int64 // delete: the version that was deleted
+
+	// Revision is the number of the change, or that of the entry. In an
+	// EventSynced and EventError it is the revision up to which the watch is
+	// complete: WithSince with it continues exactly there. An initial replay
+	// that ended before its EventSynced says -1: start over, with an empty
+	// state.
+	Revision int64
+
+	// Err is why the watch ends, or why Value could not be decoded.
+	Err error
+}
+
+// WatchOption is an option of Watch. A nil one is skipped; of a repeated one
+// the last holds.
+type WatchOption func(*watchOptions)
+
+// DefaultWatchBufferSize is how many undelivered changes a watch may hold
+// unless WithBufferSize says otherwise. It is a limit and not an allocation.
+const DefaultWatchBufferSize = 65536
+
+// WithInitialReplay first sends every current entry, as creates in key order
+// with the entry's own version and revision, and then an EventSynced.
+func WithInitialReplay() WatchOption {
+	return func(o *watchOptions) { o.initial = true }
+}
+
+// WithSince first sends every change after a revision, in order, and then an
+// EventSynced. A SQLite file keeps the newest changes, also across restarts,
+// see SQLiteOptions.HistoryBytes; the memory store keeps none, so there only
+// the newest revision will do. One that the history does not reach from, too
+// old or beyond the newest, is ErrCompacted; a negative one is another error.
+// It can't be combined with WithInitialReplay.
+func WithSince(revision int64) WatchOption {
+	return func(o *watchOptions) { o.resume, o.since = true, revision }
+}
+
+// WithPrefix leaves only keys that start with it.
+func WithPrefix(prefix string) WatchOption {
+	return func(o *watchOptions) { o.prefix = prefix }
+}
+
+// WithEventTypes leaves only these of create, update and delete; any other is
+// an error. The entries of an initial replay are creates.
+func WithEventTypes(types ...EventType) WatchOption {
+	types = slices.Clone(types)
+	return func(o *watchOptions) { o.chosen, o.types = true, types }
+}
+
+// WithBufferSize sets how many undelivered changes the watch may hold, at
+// least 1. Those that it filters out and those of its replay do not count.
+func WithBufferSize(n int) WatchOption {
+	return func(o *watchOptions) { o.limit = n }
+}
+
+type watchOptions struct {
+	initial, resume bool
+	since           int64
+	prefix          string
+	chosen          bool
+	types           []EventType
+	limit           int
+}
+
+func (o *watchOptions) check() error {
+	switch {
+	case o.initial && o.resume:
+		return errors.New("WithInitialReplay and WithSince exclude each other")
+	case o.resume && o.since < 0:
+		return fmt.Errorf("negative revision %d", o.since)
+	case o.limit < 1:
+		return fmt.Errorf("buffer size %d is below 1", o.limit)
+	}
+	for _, t := range o.types {
+		if t != EventCreate && t != EventUpdate && t != EventDelete {
+			return fmt.Errorf("unknown event type %q", string(t))
+		}
+	}
+	return nil
+}
+
+func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error) {
+	w := &watch[T]{kind: kind, ctx: ctx, done: c.hub.done, wake: make(chan struct{}, 1)}
+	w.limit = DefaultWatchBufferSize
+	err := c.call(place{"watch", kind}, func() error {
+		for _, opt := range opts {
+			if opt != nil {
+				opt(&w.watchOptions)
+			}
+		}
+		if err := w.check(); err != nil {
+			return err
+		}
+		if ctx == nil {
+			return errors.New("context is nil")
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		w.ch = make(chan Event[T], min(w.limit, 64))
+		started := make(chan error, 1)
+		c.hub.running.Add(1) // Close waits for this call first
+		go c.run(w, started)
+		return <-started
+	})
+	if ctx != nil && ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		err = ctx.Err()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return w.ch, nil
+}
+
+// run is the life of a watch. It says in started how it began.
+func (c *core[T, V]) run(w *watch[T], started chan<- error) {
+	defer c.hub.running.Done()
+	defer close(w.ch)
+	defer c.hub.remove(w)
+	var began, replayed, ok bool
+	pick := func(s snapshot[V]) (rows iter.Seq2[change[V], error], err error) {
+		// From here on the hub hands over every change that is not in s.
+		if err = c.hub.add(w, s.revision, c.tail); err == nil {
+			rows, err = past(w, s)
+		}
+		if began = err == nil; began {
+			started <- nil
+		}
+		return rows, err
+	}
+	err := over(c.engine.view, c.engine.streams(), pick, func(rows iter.Seq2[change[V], error]) error {
+		replayed, ok = true, c.replay(w, rows)
+		return nil
+	})
+	switch {
+	case !began:
+		started <- err
+	case !replayed:
+		w.fail(err, w.begin())
+	case ok:
+		w.live()
+	}
+}
+
+// past is what a watch replays of s.
+func past[T, V any](w *watch[T], s snapshot[V]) (iter.Seq2[change[V], error], error) {
+	if w.resume {
+		if w.since > w.from {
+			return nil, ErrCompacted
+		}
+		for _, err := range s.history(w.since) { // does it reach so far?
+			if err != nil {
+				return nil, err
+			}
+			break
+		}
+		return s.history(w.since), nil
+	}
+	return func(yield func(change[V], error) bool) {
+		if !w.initial {
+			return
+		}
+		for r, err := range s.scan(w.kind, Range{Prefix: w.prefix}) {
+			if !yield(change[V]{r, EventCreate}, err) {
+				return
+			}
+		}
+	}, nil
+}
+
+// replay sends the past, and says whether the watch is to go on.
+func (c *core[T, V]) replay(w *watch[T], rows iter.Seq2[change[V], error]) bool {
+	complete := w.begin()
+	var some []change[V]
+	flush := func() bool {
+		for _, ev := range c.events(some) {
+			if !w.send(*ev) {
+				return false
+			}
+		}
+		some = some[:0]
+		return !w.ended()
+	}
+	for ch, err := range rows {
+		if err != nil {
+			return flush() && w.fail(err, complete)
+		}
+		if w.resume {
+			complete = ch.revision
+		}
+		if w.wants(ch.what, ch.kind, ch.key) {
+			some = append(some, ch)
+		}
+		if len(some) == 16 && !flush() {
+			return false
+		}
+	}
+	if !w.initial && !w.resume {
+		return true
+	}
+	return flush() && w.send(Event[T]{Type: EventSynced, Kind: w.kind, Revision: w.from})
+}
+
+// events decodes changes. It does so on a goroutine of its own, since a codec
+// may panic or call Goexit, which must end neither the watch nor the program.
+func (c *core[T, V]) events(changes []change[V]) (events []*Event[T]) {
+	one := func(ch *change[V]) {
+		ev := &Event[T]{Type: ch.what, Kind: ch.kind, Key: ch.key, Version: ch.version, Revision: ch.revision}
+		events = append(events, ev)
+		if c.plain {
+			ev.Value, _ = c.decode(ch.value)
+			return
+		}
+		at := place{"watch", ch.kind, ch.key}
+		ev.Err = at.fail(errors.New("codec called Goexit"))
+		defer func() {
+			if p := recover(); p != nil {
+				ev.Err = at.fail(fmt.Errorf("codec panicked: %v", p))
+			}
+		}()
+		value, err := c.decode(ch.value)
+		ev.Value, ev.Err = value, at.fail(err)
+	}
+	rest := func() {
+		for len(events) < len(changes) {
+			one(&changes[len(events)])
+		}
+	}
+	if c.plain {
+		rest()
+	}
+	for len(events) < len(changes) {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			rest()
+		}()
+		<-done
+	}
+	return events
+}
+
+// publish hands committed changes to whom they concern, in order. Nothing is
+// decoded that nobody watches. It returns false if the tail that calls it is
+// not the hub's any more.
+func (c *core[T, V]) publish(tail <-chan struct{}, changes []change[V]) bool {
+	h := &c.hub
+	h.mu.Lock()
+	changes = slices.DeleteFunc(changes, func(ch change[V]) bool {
+		return !slices.ContainsFunc(h.watches, func(w *watch[T]) bool { return w.wants(ch.what, ch.kind, ch.key) })
+	})
+	h.mu.Unlock()
+	events := c.events(changes) // a codec must not run under the lock
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if tail != nil && tail != h.stop {
+		return false
+	}
+	for _, ev := range events {
+		for _, w := range h.watches {
+			if w.from < ev.Revision && w.wants(ev.Type, ev.Kind, ev.Key) {
+				w.offer(ev)
+			}
+		}
+	}
+	return true
+}
+
+// tail runs the engine's tail until stop is closed. What it can't have ends
+// the watches that wait for it.
+func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
+	defer c.hub.running.Done()
+	publish := func(changes []change[V]) bool { return c.publish(stop, changes) }
+	c.engine.tail(since, stop, publish, func(since, upTo int64, err error) {
+		c.hub.mu.Lock()
+		defer c.hub.mu.Unlock()
+		for _, w := range c.hub.watches {
+			if stop == c.hub.stop && w.from < upTo {
+				w.stop(err, max(since, w.from))
+			}
+		}
+	})
+}
+
+// hub is the broadcast from a store's writers, or from its tail, to its
+// watches. An engine's lock may be held when mu is taken, never the other way
+// round; mu may be held when a watch's mu is taken.
+type hub[T any] struct {
+	done    chan struct{}  // closed when the store closes
+	running sync.WaitGroup // watches and tails
+
+	mu      sync.Mutex    // held while publishing, so that events stay in order
+	watches []*watch[T]   // protected by mu
+	stop    chan struct{} // protected by mu; ends the running tail; nil: none runs
+}
+
+// add makes w receive every change after the revision that now returns. The
+// first watch starts a tail there.
+func (h *hub[T]) add(w *watch[T], now func() (int64, error), tail func(since int64, stop <-chan struct{})) (err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if w.from, err = now(); err != nil {
+		return err
+	}
+	h.watches = append(h.watches, w)
+	if h.stop == nil {
+		h.stop = make(chan struct{})
+		h.running.Add(1) // w runs, so nobody has waited yet
+		go tail(w.from, h.stop)
+	}
+	return nil
+}
+
+// remove forgets w. With the last watch the tail ends.
+func (h *hub[T]) remove(w *watch[T]) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.watches = slices.DeleteFunc(h.watches, func(other *watch[T]) bool { return other == w })
+	if len(h.watches) == 0 && h.stop != nil {
+		close(h.stop)
+		h.stop = nil
+	}
+}
+
+func (h *hub[T]) watched() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.watches) > 0
+}
+
+// watch is a bounded queue of undelivered changes, and the goroutine that
+// alone sends on and closes ch. It ends when ctx or the store is done, or
+// after an EventError.
+type watch[T any] struct {
+	watchOptions
+	kind string
+	ctx  context.Context
+	done <-chan struct{} // the hub's
+	ch   chan Event[T]
+	from int64         // live changes come after this revision
+	sent atomic.Int64  // of the changes taken, those that went into ch
+	wake chan struct{} // gets a token when live sleeps and has something to do
+
+	mu       sync.Mutex
+	queue    []*Event[T] // protected by mu
+	taken    int64       // protected by mu; changes that were ever in queue
+	asleep   bool        // protected by mu; live waits for a token
+	err      error       // protected by mu; set: nothing is taken any more
+	complete int64       // protected by mu; the last revision before err
+}
+
+func (w *watch[T]) wants(what EventType, kind, key string) bool {
+	return w.kind == kind && strings.HasPrefix(key, w.prefix) && (!w.chosen || slices.Contains(w.types, what))
+}
+
+// begin is the revision up to which a replay is complete before it begins.
+func (w *watch[T]) begin() int64 {
+	if w.resume {
+		return w.since
+	}
+	return -1
+}
+
+// offer queues a change, unless the watch holds too many.
+func (w *watch[T]) offer(ev *Event[T]) {
+	w.mu.Lock()
+	// What was sent last is what is left in ch.
+	sent := w.sent.Load()
+	full := w.taken-sent+min(sent, int64(len(w.ch))) >= int64(w.limit)
+	if w.err == nil && !full {
+		w.queue = append(w.queue, ev)
+		w.taken++
+		w.rouseLocked()
+	}
+	w.mu.Unlock()
+	if full {
+		w.stop(ErrWatchOverflow, ev.Revision-1)
+	}
+}
+
+// stop makes the watch end with err when it has delivered what it holds.
+func (w *watch[T]) stop(err error, complete int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err == nil {
+		w.err, w.complete = err, complete
+		w.rouseLocked()
+	}
+}
+
+func (w *watch[T]) rouseLocked() {
+	if w.asleep {
+		w.asleep = false
+		w.wake <- struct{}{}
+	}
+}
+
+// live sends what is queued until the watch ends.
+func (w *watch[T]) live() {
+	var batch []*Event[T]
+	for !w.ended() {
+		if cap(batch) > 1024 {
+			batch = nil // after a burst
+		}
+		w.mu.Lock()
+		batch, w.queue = w.queue, batch[:0]
+		err, complete := w.err, w.complete
+		w.asleep = len(batch) == 0 && err == nil
+		w.mu.Unlock()
+		for i, ev := range batch {
+			batch[i] = nil // hold no longer than needed
+			if !w.send(*ev) {
+				return
+			}
+			w.sent.Add(1)
+		}
+		switch {
+		case err != nil:
+			w.fail(err, complete)
+			return
+		case len(batch) == 0:
+			select {
+			case <-w.wake:
+			case <-w.ctx.Done():
+			case <-w.done:
+			}
+		}
+	}
+}
+
+// fail sends the last event. It returns false: the watch is not to go on.
+func (w *watch[T]) fail(err error, complete int64) bool {
+	if errors.Is(err, ErrCompacted) {
+		err = ErrCompacted
+	} else if err != ErrWatchOverflow {
+		err = place{"watch", w.kind}.fail(err)
+	}
+	w.send(Event[T]{Type: EventError, Kind: w.kind, Revision: complete, Err: err})
+	return false
+}
+
+// send delivers, unless the watch ends before the consumer takes it.
+func (w *watch[T]) send(ev Event[T]) bool {
+	select {
+	case w.ch <- ev:
+		return true
+	default:
+	}
+	select {
+	case w.ch <- ev:
+		return true
+	case <-w.ctx.Done():
+	case <-w.done:
+	}
+	return false
+}
+
+func (w *watch[T]) ended() bool {
+	select {
+	case <-w.ctx.Done():
+	case <-w.done:
+	default:
+		return false
+	}
+	return true
+}

@@ -1,0 +1,904 @@
+// Package zestor is a typed key-value store that a program can watch: a map
+// behind a mutex for tests and caches, or one SQLite file for data that must
+// survive. Both do the same, so swapping them changes one line.
+//
+//	s, err := zestor.NewSQLiteStore[User](zestor.SQLiteOptions[User]{DSN: "app.db"})
+//	if err != nil {
+//		log.Fatal(err)
+//	}
+//	defer s.Close()
+//	events, _ := s.Watch(context.Background(), "users", zestor.WithInitialReplay())
+//	s.Set("users", "alice", User{Name: "Alice"})
+//	for ev := range events {
+//		fmt.Println(ev.Type, ev.Key, ev.Value.Name)
+//	}
+//
+// Values live in kinds (think tables). Inside a kind, a key names one value of
+// type T. Kinds and keys are any non-empty strings of bytes, and sort bytewise.
+// A kind exists while it has keys.
+//
+// # Versions and revisions
+//
+// A key's version counts the writes to it since it was last created, from 1.
+// The store's revision counts every committed change, deletes too, without
+// holes; it never repeats or goes back. A write that leaves a value equal to
+// what it was is no change: it takes no version and no revision, and sends no
+// event.
+//
+// # Ownership
+//
+// Values are shared, not copied. What is given to a store, or received from
+// it, must not be modified afterwards, neither by the caller nor by the store.
+//
+// # Watching
+//
+// A watch delivers each change of a kind exactly once, in revision order,
+// after its commit, whoever made it: in a file also another process, or a
+// person with the sqlite3 shell. A watch that falls too far behind is told so
+// and ends; it never loses an event in silence, and no writer waits for it.
+// See [Watcher].
+//
+// # Durability
+//
+// In a SQLite file, a write that has returned survives the death of the
+// process and, as far as fsync reaches, of the machine. A transaction is there
+// whole or not at all. The memory store keeps nothing after Close.
+//
+// # Callbacks
+//
+// The functions a caller hands in (for SetFn, Update and View, filters,
+// validators, comparers, codecs) may run while the store is locked. They must
+// not call the store: it would wait for itself. One that panics or calls
+// [runtime.Goexit] leaves the store unlocked, unchanged and usable.
+//
+// # Caveats
+//
+// A Scan or a replay that takes long keeps SQLite from reusing its write-ahead
+// log, which grows meanwhile. A write transaction waits for every other one.
+// A consumer that stops reading a channel should end its watch's context.
+package zestor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"maps"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// The errors that callers tell apart with [errors.Is]. Those that a method
+// returns come wrapped in the operation, kind and key they belong to.
+var (
+	// ErrClosed is returned by every call on a closed store.
+	ErrClosed = errors.New("zestor: store is closed")
+	// ErrKindRequired is returned where a kind is empty.
+	ErrKindRequired = errors.New("zestor: kind required")
+	// ErrKeyRequired is returned where a key is empty.
+	ErrKeyRequired = errors.New("zestor: key required")
+	// ErrKeyNotFound is returned by SetFn for a key that does not exist.
+	ErrKeyNotFound = errors.New("zestor: key not found")
+	// ErrConflict is returned by SetIf when the entry is not at the revision
+	// that the caller saw.
+	ErrConflict = errors.New("zestor: revision conflict")
+	// ErrTxDone is returned by a transaction that is used after its View or
+	// Update has returned.
+	ErrTxDone = errors.New("zestor: transaction is done")
+	// ErrWatchOverflow ends a watch whose consumer fell too far behind.
+	ErrWatchOverflow = errors.New("zestor: watch overflow: consumer too slow")
+	// ErrCompacted says that the history that a watch needs is not there any
+	// more, or never was: start over with an initial replay.
+	ErrCompacted = errors.New("zestor: history compacted: start over")
+)
+
+// Reader reads. A [Store] is one, and so is a transaction; each call on a
+// store sees the newest committed state, each call in a transaction the
+// transaction's. An absent key is ok == false and never an error; an absent
+// kind is empty.
+//
+// A value that cannot be decoded, because another program or another type
+// wrote it, is an error that names its kind and key.
+type Reader[T any] interface {
+	// Get returns the value of a key, or the zero T and false.
+	Get(kind, key string) (value T, ok bool, err error)
+
+	// GetEntry returns a value with its version, revision and time. For a
+	// value that cannot be decoded it returns everything else, true, and the
+	// error.
+	GetEntry(kind, key string) (entry Entry[T], ok bool, err error)
+
+	// List returns the values that pass every filter, by key. Nil filters are
+	// skipped. The map is the caller's, and never nil without an error. One
+	// value that cannot be decoded makes it nil and the error.
+	List(kind string, filters ...FilterFunc[T]) (map[string]T, error)
+
+	// Keys returns the keys of a kind, sorted.
+	Keys(kind string) ([]string, error)
+
+	// Values returns the entries of a kind, sorted by key. One that cannot be
+	// decoded makes the slice nil and the error.
+	Values(kind string) ([]Entry[T], error)
+
+	// Count returns how many keys a kind has. It takes time in proportion in
+	// SQLite.
+	Count(kind string) (int, error)
+
+	// GetAll returns all values by kind and key. Kinds without keys are not
+	// in it. It is for files whose kinds are all of type T.
+	GetAll() (map[string]map[string]T, error)
+
+	// Scan iterates over the entries of a kind that r selects, sorted by key.
+	// Its snapshot is taken when the range starts, and taken again when it is
+	// ranged over again. The body may call the store (not Close) and scan
+	// again inside: the iteration goes on seeing the state at its start.
+	//
+	// An entry whose value cannot be decoded comes with the error, and the
+	// iteration goes on. Any other error comes with a zero Entry and ends it.
+	//
+	// A SQLite file in WAL mode streams in constant memory, and so does View.
+	// In Update, in ":memory:", without WAL and in the memory store the rows
+	// are collected first.
+	Scan(kind string, r Range) iter.Seq2[Entry[T], error]
+
+	// Revision returns the number of the newest committed change, 0 for a new
+	// store. In Update it counts the transaction's own changes.
+	Revision() (int64, error)
+}
+
+// Writer writes. Every write checks, in this order: that the store is open,
+// the kind, the key, that the value is no nil pointer, the kind's validator,
+// the encoding, for SetIf the revision, and whether the value changes. With
+// any error nothing is written.
+type Writer[T any] interface {
+	// Set stores a value and says whether that created, updated or changed
+	// nothing. A zero value under a new key is a create like any other.
+	Set(kind, key string, value T) (SetResult, error)
+
+	// SetFn replaces the value of an existing key with what fn returns for
+	// it; an absent key is [ErrKeyNotFound], an error of fn comes back
+	// wrapped. It reports whether that was a change.
+	//
+	// fn must return a new value and leave what it is given alone. In the
+	// memory store a pointer or map that fn changes in place is its own
+	// previous value: it compares equal, and no event is sent.
+	//
+	// A counter that starts from nothing is an Update:
+	//
+	//	err := s.Update(func(tx zestor.ReadWriter[int]) error {
+	//		n, _, err := tx.Get("counters", "visits")
+	//		if err != nil {
+	//			return err
+	//		}
+	//		_, err = tx.Set("counters", "visits", n+1)
+	//		return err
+	//	})
+	SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error)
+
+	// SetMany stores all values or, with an error, none. It merges: other
+	// keys stay. Changes happen in key order; equal values are skipped.
+	SetMany(kind string, values map[string]T) error
+
+	// SetIf stores a value if the entry is still at the revision that the
+	// caller saw ([Entry].Revision), 0 meaning that the key must not exist.
+	// It returns the entry's new revision; with an equal value it writes
+	// nothing and returns that same revision. Otherwise it returns 0 and
+	// [ErrConflict]. A key that was deleted and created again never passes
+	// for the old one.
+	SetIf(kind, key string, value T, revision int64) (newRevision int64, err error)
+
+	// Delete removes a key and returns what it held. An absent key is not an
+	// error. A value that cannot be decoded is deleted all the same, and prev
+	// is zero.
+	Delete(kind, key string) (existed bool, prev T, err error)
+}
+
+// ReadWriter is what an Update function works with.
+type ReadWriter[T any] interface {
+	Reader[T]
+	Writer[T]
+}
+
+// Watcher is the part of a [Store] that outlives its call.
+type Watcher[T any] interface {
+	// Watch sends the changes of a kind to the channel it returns, in
+	// revision order, each exactly once, after its commit. Without options
+	// these are the changes committed after Watch was called.
+	//
+	// Replay and live changes meet exactly: nothing between is lost or comes
+	// twice. After a replay comes one [EventSynced].
+	//
+	// A watch holds a limited number of undelivered changes, see
+	// [WithBufferSize]. When one more is committed the watch takes no more:
+	// it delivers what it holds, then an [EventError] with
+	// [ErrWatchOverflow]. Watching again with [WithSince] of that event's
+	// Revision goes on exactly there. If that says [ErrCompacted], or if the
+	// Revision is -1 since an initial replay broke off, start over with an
+	// empty state and [WithInitialReplay].
+	//
+	// The channel closes once: when ctx ends, after an EventError, or when
+	// the store closes; what is then undelivered is dropped. A watch whose
+	// channel nobody reads any more must have its ctx ended.
+	//
+	// A value that cannot be decoded arrives as an event with everything
+	// else, a zero Value, and Err set; the watch goes on.
+	//
+	// Watch returns ctx.Err() for a ctx that has ended, [ErrCompacted] for a
+	// revision that the history does not reach from, and an error for options
+	// that make no sense. It keeps nothing of its arguments but ctx.
+	Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error)
+}
+
+// Store is a key-value store of values of type T. Both implementations keep
+// the same contract, which stands here and at the interfaces it is made of.
+//
+// All methods may be called from any number of goroutines.
+//
+// Values are shared, not copied: a value given to the store, or received from
+// it, must not be modified.
+type Store[T any] interface {
+	ReadWriter[T]
+	Watcher[T]
+
+	// View calls fn with one consistent snapshot, whatever is written
+	// meanwhile, and returns fn's error as it is. fn must not call the store,
+	// only tx, on its own goroutine; afterwards tx returns [ErrTxDone].
+	View(fn func(tx Reader[T]) error) error
+
+	// Update calls fn in a transaction over any keys and kinds, and commits
+	// if it returns nil. If it returns an error, panics or calls
+	// runtime.Goexit, nothing of it remains, no event is sent, and the error
+	// comes back as it is. tx reads its own writes. A call that fails inside
+	// changes nothing, and fn may go on and commit the rest; but after an
+	// error of SQLite itself Update fails whatever fn returns.
+	//
+	// fn must not call the store, only tx, on its own goroutine; afterwards
+	// tx returns [ErrTxDone]. No other change's event comes between those of
+	// one transaction.
+	Update(fn func(tx ReadWriter[T]) error) error
+
+	// Close waits for calls under way, ends every watch, and leaves no
+	// goroutine and no open file behind. It may be called again, and then
+	// returns nil after the first call has finished. It must not be called
+	// from a callback or the body of a Scan.
+	Close() error
+}
+
+// Entry is a value with what the store knows about it.
+type Entry[T any] struct {
+	Kind, Key string
+	Value     T
+	Version   int64     // writes to this key since it was last created, from 1
+	Revision  int64     // store-wide number of the change that wrote Value
+	UpdatedAt time.Time // when that was: UTC, milliseconds; zero if the file holds no such time
+}
+
+// Range selects keys for Scan. The zero Range selects all.
+type Range struct {
+	Prefix     string // only keys that start with it
+	After      string // start strictly past this key, in the order of iteration: a page cursor
+	Limit      int    // at most so many entries; 0: no limit; negative: an error
+	Descending bool   // from the last key to the first
+}
+
+// bounds returns the keys that r selects as lo <= key < hi; without bounded
+// there is no hi.
+func (r Range) bounds() (lo, hi string, bounded bool) {
+	lo = r.Prefix
+	// The first key past all keys with the prefix: the prefix with its last
+	// byte that is not 0xff counted up.
+	for n := len(r.Prefix); n > 0; n-- {
+		if c := r.Prefix[n-1]; c < 0xff {
+			hi, bounded = r.Prefix[:n-1]+string([]byte{c + 1}), true
+			break
+		}
+	}
+	switch {
+	case r.After == "":
+	case !r.Descending:
+		lo = max(lo, r.After+"\x00")
+	case !bounded || r.After < hi:
+		hi, bounded = r.After, true
+	}
+	return lo, hi, bounded
+}
+
+// SetResult says what a Set did.
+type SetResult uint8
+
+const (
+	SetUnchanged SetResult = iota // the value was equal: nothing was written
+	SetCreated                    // the key is new
+	SetUpdated                    // the key has a new value
+)
+
+// String returns "unchanged", "created" or "updated".
+func (r SetResult) String() string {
+	switch r {
+	case SetUnchanged:
+		return "unchanged"
+	case SetCreated:
+		return "created"
+	case SetUpdated:
+		return "updated"
+	}
+	return "SetResult(" + strconv.Itoa(int(r)) + ")"
+}
+
+// FilterFunc says whether List should keep an entry. It must not call the
+// store.
+type FilterFunc[T any] func(key string, value T) bool
+
+// ValidateFunc says why a value must not be stored. It must not call the
+// store.
+type ValidateFunc[T any] func(value T) error
+
+// CompareFunc says that two values are equal, so that nothing is written. It
+// must not call the store.
+type CompareFunc[T any] func(prev, next T) bool
+
+// StoreOptions are the options that both stores have. The zero value works.
+// The store keeps a copy of the map.
+type StoreOptions[T any] struct {
+	CompareFn   CompareFunc[T]             // nil: reflect.DeepEqual in memory, equal encodings in SQLite
+	ValidateFns map[string]ValidateFunc[T] // kind -> check, run before anything is written; nil ones are skipped
+}
+
+// Below the contract: its rules, written once over the two engines.
+
+// A row is an entry as an engine keeps it: V is T itself in memory, and its
+// encoding in SQLite.
+type row[V any] struct {
+	kind, key string
+	value     V
+	version   int64
+	revision  int64
+	updatedAt time.Time
+}
+
+// A change is one step of the store's history: the row that was written or
+// deleted, under the revision of that step.
+type change[V any] struct {
+	row[V]
+	what EventType
+}
+
+// snapshot is one consistent state of an engine.
+type snapshot[V any] interface {
+	get(kind, key string) (*row[V], error) // nil: absent
+	scan(kind string, r Range) iter.Seq2[row[V], error]
+	all() iter.Seq2[row[V], error]
+	keys(kind string) ([]string, error)
+	count(kind string) (int, error)
+	revision() (int64, error)
+	// history yields every change after since, and ErrCompacted at a gap.
+	history(since int64) iter.Seq2[change[V], error]
+}
+
+// transaction is a snapshot that can be changed. A write takes the next
+// revision.
+type transaction[V any] interface {
+	snapshot[V]
+	put(kind, key string, value V, version int64) (revision int64, err error)
+	remove(old *row[V]) error
+}
+
+// engine is what differs between the stores.
+type engine[V any] interface {
+	// read is for one call on the snapshot, view for any number.
+	read(fn func(snapshot[V]) error) error
+	view(fn func(snapshot[V]) error) error
+	// streams says that a view is in nobody's way, so that it may last.
+	streams() bool
+	// write commits if fn returns nil. A shared fn runs no callbacks: another
+	// caller's goroutine may run it, in one transaction with others.
+	write(shared bool, fn func(transaction[V]) error) error
+	// tail hands the changes after since to publish, until stop closes or
+	// publish returns false. It calls lost when those up to a revision can't
+	// be had. An engine without a tail publishes in write.
+	tail(since int64, stop <-chan struct{}, publish func([]change[V]) bool, lost func(since, upTo int64, err error))
+	close() error
+}
+
+// core is a store over an engine.
+type core[T, V any] struct {
+	writer[T, V]
+	engine  engine[V]
+	options StoreOptions[T]
+	nilable bool                    // T is a pointer type
+	plain   bool                    // decode runs no code of a caller's
+	encode  func(T) (V, error)      // runs the codec
+	decode  func(V) (T, error)      // runs the codec
+	equal   func(prev, next V) bool // without CompareFn
+	hub     hub[T]
+	open    sync.RWMutex // read-locked by each call; Close locks it for good
+	closing sync.Once
+}
+
+// reader has the methods that the reads of a store and of a transaction share.
+// It is what View hands out: no writer can be made of it.
+type reader[T, V any] struct {
+	c  *core[T, V]
+	tx *tx[V] // nil: a store
+}
+
+// writer is the same for writes.
+type writer[T, V any] struct{ reader[T, V] }
+
+// tx is what a View or Update works in.
+type tx[V any] struct {
+	snapshot[V]
+	change transaction[V] // nil in View
+	done   atomic.Bool
+}
+
+func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(T) (V, error), decode func(V) (T, error), equal func(prev, next V) bool) *core[T, V] {
+	opts.ValidateFns = maps.Clone(opts.ValidateFns)
+	c := &core[T, V]{engine: e, options: opts, encode: encode, decode: decode, equal: equal}
+	c.nilable = reflect.TypeFor[T]().Kind() == reflect.Pointer
+	c.hub.done = make(chan struct{})
+	c.c = c
+	return c
+}
+
+func (c *core[T, V]) View(fn func(tx Reader[T]) error) error {
+	return c.transact("view", fn == nil, func(own *error) error {
+		return c.engine.view(func(s snapshot[V]) error {
+			r := reader[T, V]{c, &tx[V]{snapshot: s}}
+			defer r.tx.done.Store(true)
+			*own = fn(r)
+			return *own
+		})
+	})
+}
+
+func (c *core[T, V]) Update(fn func(tx ReadWriter[T]) error) error {
+	return c.transact("update", fn == nil, func(own *error) error {
+		return c.engine.write(false, func(t transaction[V]) error {
+			w := writer[T, V]{reader[T, V]{c, &tx[V]{snapshot: t, change: t}}}
+			defer w.tx.done.Store(true)
+			*own = fn(w)
+			return *own
+		})
+	})
+}
+
+// transact is the frame of View and Update: an error of their function, own,
+// comes back as it is, any other wrapped.
+func (c *core[T, V]) transact(op string, isNil bool, run func(own *error) error) (err error) {
+	var own error
+	err = c.call(place{op}, func() error {
+		if isNil {
+			return errNilFunc
+		}
+		return run(&own)
+	})
+	if own != nil {
+		return own
+	}
+	return err
+}
+
+func (c *core[T, V]) Close() (err error) {
+	c.closing.Do(func() {
+		close(c.hub.done)
+		c.open.Lock()
+		c.hub.running.Wait()
+		err = place{"close"}.fail(c.engine.close())
+	})
+	return err
+}
+
+// call is the frame of every method: it enters the store or transaction,
+// checks the names, and wraps the error.
+func (r reader[T, V]) call(at place, fn func() error) error {
+	if r.tx != nil {
+		if r.tx.done.Load() {
+			return at.fail(ErrTxDone)
+		}
+	} else {
+		// This also fails while Close waits, so that a call from the body of
+		// a Scan does not wait for Close in turn.
+		if !r.c.open.TryRLock() {
+			return at.fail(ErrClosed)
+		}
+		defer r.c.open.RUnlock()
+	}
+	if err := at.check(); err != nil {
+		return at.fail(err)
+	}
+	return at.fail(fn())
+}
+
+// query is a method that reads once.
+func query[T, V, R any](r reader[T, V], at place, fn func(snapshot[V]) (R, error)) (result R, err error) {
+	once := func(s snapshot[V]) error {
+		result, err = fn(s)
+		return err
+	}
+	err = r.call(at, func() error {
+		if r.tx != nil {
+			return once(r.tx)
+		}
+		return r.c.engine.read(once)
+	})
+	return result, err
+}
+
+func (r reader[T, V]) Get(kind, key string) (value T, ok bool, err error) {
+	e, ok, err := r.entry(place{"get", kind, key})
+	return e.Value, ok && err == nil, err
+}
+
+func (r reader[T, V]) GetEntry(kind, key string) (Entry[T], bool, error) {
+	return r.entry(place{"getentry", kind, key})
+}
+
+func (r reader[T, V]) entry(at place) (e Entry[T], ok bool, err error) {
+	found, err := query(r, at, func(s snapshot[V]) (*row[V], error) { return s.get(at[1], at[2]) })
+	if err != nil || found == nil {
+		return e, false, err
+	}
+	e, err = r.c.entryOf(at[0], found)
+	return e, true, err
+}
+
+func (r reader[T, V]) List(kind string, filters ...FilterFunc[T]) (map[string]T, error) {
+	entries, err := r.entries(place{"list", kind}, func(s snapshot[V]) iter.Seq2[row[V], error] { return s.scan(kind, Range{}) })
+	if err != nil {
+		return nil, err
+	}
+	list := make(map[string]T, len(entries))
+	for _, e := range entries {
+		drops := func(keep FilterFunc[T]) bool { return keep != nil && !keep(e.Key, e.Value) }
+		if !slices.ContainsFunc(filters, drops) {
+			list[e.Key] = e.Value
+		}
+	}
+	return list, nil
+}
+
+func (r reader[T, V]) Keys(kind string) ([]string, error) {
+	return query(r, place{"keys", kind}, func(s snapshot[V]) ([]string, error) { return s.keys(kind) })
+}
+
+func (r reader[T, V]) Values(kind string) ([]Entry[T], error) {
+	return r.entries(place{"values", kind}, func(s snapshot[V]) iter.Seq2[row[V], error] { return s.scan(kind, Range{}) })
+}
+
+func (r reader[T, V]) Count(kind string) (int, error) {
+	return query(r, place{"count", kind}, func(s snapshot[V]) (int, error) { return s.count(kind) })
+}
+
+func (r reader[T, V]) GetAll() (map[string]map[string]T, error) {
+	entries, err := r.entries(place{"getall"}, snapshot[V].all)
+	if err != nil {
+		return nil, err
+	}
+	all := make(map[string]map[string]T)
+	for _, e := range entries {
+		if all[e.Kind] == nil {
+			all[e.Kind] = make(map[string]T)
+		}
+		all[e.Kind][e.Key] = e.Value
+	}
+	return all, nil
+}
+
+func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
+	return func(yield func(Entry[T], error) bool) {
+		stopped := false
+		pick := func(s snapshot[V]) (iter.Seq2[row[V], error], error) { return s.scan(kind, rg), nil }
+		use := func(rows iter.Seq2[row[V], error]) error {
+			for found, err := range rows {
+				if err != nil {
+					return err
+				}
+				if stopped = !yield(r.c.entryOf("scan", &found)); stopped {
+					return nil
+				}
+				if r.tx != nil && r.tx.done.Load() { // an iter.Pull that outlived it
+					return ErrTxDone
+				}
+			}
+			return nil
+		}
+		err := r.call(place{"scan", kind}, func() error {
+			switch {
+			case rg.Limit < 0:
+				return fmt.Errorf("negative limit %d", rg.Limit)
+			case r.tx == nil:
+				return over(r.c.engine.view, r.c.engine.streams(), pick, use)
+			}
+			within := func(fn func(snapshot[V]) error) error { return fn(r.tx) }
+			return over(within, r.tx.change == nil, pick, use)
+		})
+		if err != nil && !stopped {
+			yield(Entry[T]{}, err)
+		}
+	}
+}
+
+func (r reader[T, V]) Revision() (int64, error) {
+	return query(r, place{"revision"}, snapshot[V].revision)
+}
+
+// write runs fn in a transaction of its own or in the Update that it is in.
+func (w writer[T, V]) write(shared bool, fn func(transaction[V]) error) error {
+	if w.tx != nil {
+		return fn(w.tx.change)
+	}
+	return w.c.engine.write(shared, fn)
+}
+
+func (w writer[T, V]) Set(kind, key string, value T) (SetResult, error) {
+	result, _, err := w.set(place{"set", kind, key}, value, nil)
+	return result, err
+}
+
+func (w writer[T, V]) SetIf(kind, key string, value T, revision int64) (int64, error) {
+	_, newRevision, err := w.set(place{"setif", kind, key}, value, &revision)
+	return newRevision, err
+}
+
+func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, revision int64, err error) {
+	err = w.call(at, func() error {
+		v, err := w.c.check(at[1], value)
+		if err != nil {
+			return err
+		}
+		return w.write(w.c.options.CompareFn == nil, func(t transaction[V]) (err error) {
+			result, revision, err = w.c.put(t, at[1], at[2], value, v, want)
+			return err
+		})
+	})
+	if err != nil {
+		return SetUnchanged, 0, err // also where the commit failed
+	}
+	return result, revision, nil
+}
+
+func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error) {
+	err = w.call(place{"setfn", kind, key}, func() error {
+		if fn == nil {
+			return errNilFunc
+		}
+		return w.write(false, func(t transaction[V]) error {
+			old, err := t.get(kind, key)
+			if err == nil && old == nil {
+				err = ErrKeyNotFound
+			}
+			if err != nil {
+				return err
+			}
+			value, err := w.c.decode(old.value)
+			if err != nil {
+				return err
+			}
+			if value, err = fn(value); err != nil {
+				return err
+			}
+			v, err := w.c.check(kind, value)
+			if err != nil {
+				return err
+			}
+			result, _, err := w.c.put(t, kind, key, value, v, nil)
+			changed = result != SetUnchanged
+			return err
+		})
+	})
+	return changed && err == nil, err
+}
+
+func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
+	keys := slices.Sorted(maps.Keys(values))
+	encoded := make([]V, len(keys))
+	at := place{"setmany", kind}
+	err := w.call(at, func() (err error) {
+		for i, key := range keys {
+			at = place{"setmany", kind, key}
+			if err = at.check(); err == nil {
+				encoded[i], err = w.c.check(kind, values[key])
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if len(keys) == 0 {
+			return nil
+		}
+		return w.write(false, func(t transaction[V]) error {
+			for i, key := range keys {
+				at = place{"setmany", kind, key}
+				if _, _, err := w.c.put(t, kind, key, values[key], encoded[i], nil); err != nil {
+					return err
+				}
+			}
+			at = place{"setmany", kind}
+			return nil
+		})
+	})
+	if failed, ok := err.(*placedError); ok {
+		failed.place = at // names the key too
+	}
+	return err
+}
+
+func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
+	var old *row[V]
+	err = w.call(place{"delete", kind, key}, func() error {
+		return w.write(true, func(t transaction[V]) error {
+			if old, err = t.get(kind, key); err != nil || old == nil {
+				return err
+			}
+			return t.remove(old)
+		})
+	})
+	if err != nil || old == nil {
+		return false, prev, err
+	}
+	if value, err := w.c.decode(old.value); err == nil {
+		prev = value
+	}
+	return true, prev, nil
+}
+
+// check is what a value has to pass before anything is written.
+func (c *core[T, V]) check(kind string, value T) (v V, err error) {
+	if c.nilable && reflect.ValueOf(value).IsNil() {
+		return v, errors.New("value is a nil pointer")
+	}
+	if validate := c.options.ValidateFns[kind]; validate != nil {
+		if err := validate(value); err != nil {
+			return v, err
+		}
+	}
+	return c.encode(value)
+}
+
+// put stores a checked value, if want allows it and it is a change.
+func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (SetResult, int64, error) {
+	old, err := t.get(kind, key)
+	if err != nil {
+		return SetUnchanged, 0, err
+	}
+	result := SetUpdated
+	if old == nil {
+		result, old = SetCreated, &row[V]{}
+	}
+	if want != nil && *want != old.revision {
+		return SetUnchanged, 0, ErrConflict
+	}
+	if result == SetUpdated && c.same(old.value, value, v) {
+		return SetUnchanged, old.revision, nil
+	}
+	revision, err := t.put(kind, key, v, old.version+1)
+	return result, revision, err
+}
+
+// same compares what is stored with what is to be stored.
+func (c *core[T, V]) same(prev V, next T, encoded V) bool {
+	if c.options.CompareFn == nil {
+		return c.equal(prev, encoded)
+	}
+	value, err := c.decode(prev)
+	return err == nil && c.options.CompareFn(value, next)
+}
+
+// entryOf decodes a row. With an error it is the entry without its value.
+func (c *core[T, V]) entryOf(op string, r *row[V]) (Entry[T], error) {
+	value, err := c.decode(r.value)
+	if err != nil {
+		err = place{op, r.kind, r.key}.fail(err)
+	}
+	return Entry[T]{r.kind, r.key, value, r.version, r.revision, r.updatedAt}, err
+}
+
+// entries decodes what pick selects, after giving back what reading it took.
+func (r reader[T, V]) entries(at place, pick func(snapshot[V]) iter.Seq2[row[V], error]) ([]Entry[T], error) {
+	rows, err := query(r, at, func(s snapshot[V]) ([]row[V], error) { return collect(pick(s)) })
+	if err != nil {
+		return nil, err
+	}
+	entries := make([]Entry[T], len(rows))
+	for i := range rows {
+		if entries[i], err = r.c.entryOf(at[0], &rows[i]); err != nil {
+			return nil, err
+		}
+	}
+	return entries, nil
+}
+
+// over calls use with what pick selects of a snapshot: while it is held, if
+// that is in nobody's way, and otherwise with a copy.
+func over[V, E any](view func(func(snapshot[V]) error) error, streams bool, pick func(snapshot[V]) (iter.Seq2[E, error], error), use func(iter.Seq2[E, error]) error) error {
+	var all []E
+	err := view(func(s snapshot[V]) error {
+		seq, err := pick(s)
+		if err == nil && streams {
+			return use(seq)
+		}
+		if err == nil {
+			all, err = collect(seq)
+		}
+		return err
+	})
+	if err != nil || streams {
+		return err
+	}
+	return use(func(yield func(E, error) bool) {
+		for _, e := range all {
+			if !yield(e, nil) {
+				return
+			}
+		}
+	})
+}
+
+// collect is slices.Collect for a sequence that may end with an error.
+func collect[E any](seq iter.Seq2[E, error]) (all []E, err error) {
+	for e, err := range seq {
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, e)
+	}
+	return all, nil
+}
+
+var errNilFunc = errors.New("function is nil")
+
+// A place says where an error happened: the operation, and the kind and key as
+// far as it names them.
+type place []string
+
+func (p place) check() error {
+	switch {
+	case len(p) > 1 && p[1] == "":
+		return ErrKindRequired
+	case len(p) > 2 && p[2] == "":
+		return ErrKeyRequired
+	}
+	return nil
+}
+
+// fail wraps an error once.
+func (p place) fail(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &placedError{p, err}
+}
+
+type placedError struct {
+	place place
+	err   error
+}
+
+func (e *placedError) Unwrap() error { return e.err }
+
+func (e *placedError) Error() string {
+	s := "zestor: " + e.place[0]
+	for i, name := range e.place[1:] {
+		s += " /"[i:i+1] + printable(name)
+	}
+	return s + ": " + strings.TrimPrefix(e.err.Error(), "zestor: ")
+}
+
+// printable makes a kind or key fit for an error message: on one line, and not
+// a megabyte long.
+func printable(name string) string {
+	short := name[:min(len(name), 100)]
+	if quoted := strconv.Quote(short); quoted[1:len(quoted)-1] != short {
+		short = quoted
+	}
+	if len(name) > 100 {
+		short += fmt.Sprintf("... (%d bytes)", len(name))
+	}
+	return short
+}
