@@ -56,7 +56,7 @@ type memEngine[T any] struct {
 
 // memKind is the rows of one kind, and an index of their keys.
 type memKind[T any] struct {
-	rows map[string]*memRow[T] // protected by the engine's mu
+	rows map[string]*row[T] // protected by the engine's mu; what is pointed at never changes
 
 	// The index is made when somebody first needs an order, and brought up
 	// to date when somebody next does, under the engine's read lock.
@@ -64,17 +64,6 @@ type memKind[T any] struct {
 	sorted []string // protected by index; nil: not made yet. It may name keys that are gone.
 	added  []string // protected by index; new keys that are not in sorted yet
 	gone   int      // protected by index; how many keys were deleted since sorted was made
-}
-
-type memRow[T any] struct {
-	value    T
-	version  int64
-	revision int64
-	millis   int64 // since 1970
-}
-
-func (r *memRow[T]) row(kind, key string) row[T] {
-	return row[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
 }
 
 func (e *memEngine[T]) read(fn func(snapshot[T]) error) error {
@@ -123,7 +112,7 @@ type memTx[T any] struct {
 // memUndo is what a key held before a write.
 type memUndo[T any] struct {
 	kind, key string
-	row       *memRow[T] // nil: it was absent
+	row       *row[T] // nil: it was absent
 }
 
 func (t *memTx[T]) rollback() {
@@ -135,8 +124,7 @@ func (t *memTx[T]) rollback() {
 
 func (t *memTx[T]) get(kind, key string) (*row[T], error) {
 	if k := t.kinds[kind]; k != nil && k.rows[key] != nil {
-		r := k.rows[key].row(kind, key)
-		return &r, nil
+		return k.rows[key], nil
 	}
 	return nil, nil
 }
@@ -161,7 +149,7 @@ func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[row[T], error] {
 				key = keys[len(keys)-1-n]
 			}
 			if found := k.rows[key]; found != nil {
-				if !yield(found.row(kind, key), nil) {
+				if !yield(*found, nil) {
 					return
 				}
 				if r.Limit--; r.Limit == 0 {
@@ -174,9 +162,9 @@ func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[row[T], error] {
 
 func (t *memTx[T]) all() iter.Seq2[row[T], error] {
 	return func(yield func(row[T], error) bool) {
-		for kind, k := range t.kinds {
-			for key, r := range k.rows {
-				if !yield(r.row(kind, key), nil) {
+		for _, k := range t.kinds {
+			for _, r := range k.rows {
+				if !yield(*r, nil) {
 					return
 				}
 			}
@@ -211,7 +199,7 @@ func (t *memTx[T]) history(since int64) iter.Seq2[change[T], error] {
 }
 
 func (t *memTx[T]) put(kind, key string, value T, version int64) (int64, error) {
-	t.change(kind, key, &memRow[T]{value, version, t.newest + 1, time.Now().UnixMilli()})
+	t.change(kind, key, &row[T]{kind, key, value, version, t.newest + 1, time.Now().UTC().Truncate(time.Millisecond)})
 	return t.newest, nil
 }
 
@@ -221,7 +209,7 @@ func (t *memTx[T]) remove(old *row[T]) error {
 }
 
 // change is a write that can be undone and watched.
-func (t *memTx[T]) change(kind, key string, r *memRow[T]) {
+func (t *memTx[T]) change(kind, key string, r *row[T]) {
 	old := t.replace(kind, key, r)
 	t.newest++
 	t.undo = append(t.undo, memUndo[T]{kind, key, old})
@@ -230,22 +218,22 @@ func (t *memTx[T]) change(kind, key string, r *memRow[T]) {
 	}
 	switch {
 	case r == nil:
-		gone := old.row(kind, key)
+		gone := *old
 		gone.revision = t.newest
 		t.changes = append(t.changes, change[T]{gone, EventDelete})
 	case old == nil:
-		t.changes = append(t.changes, change[T]{r.row(kind, key), EventCreate})
+		t.changes = append(t.changes, change[T]{*r, EventCreate})
 	default:
-		t.changes = append(t.changes, change[T]{r.row(kind, key), EventUpdate})
+		t.changes = append(t.changes, change[T]{*r, EventUpdate})
 	}
 }
 
 // replace stores r under a key, or removes the key, and returns what was
 // there.
-func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) {
+func (e *memEngine[T]) replace(kind, key string, r *row[T]) (old *row[T]) {
 	k := e.kinds[kind]
 	if k == nil {
-		k = &memKind[T]{rows: make(map[string]*memRow[T])}
+		k = &memKind[T]{rows: make(map[string]*row[T])}
 		e.kinds[kind] = k
 	}
 	old = k.rows[key]

@@ -165,7 +165,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 		opts.Codec = JSON{}
 	}
 	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes, oldest: -1, walLimit: maxWAL,
-		slots: make(chan struct{}, readers), wake: make(chan struct{}, 1)}
+		slots: make(chan struct{}, readers), turn: make(chan struct{}, 1), wake: make(chan struct{}, 1)}
 	if err := e.open(opts.DSN, opts.DisableWAL); err != nil {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", printable(opts.DSN), err))
 	}
@@ -178,11 +178,11 @@ type dsn struct {
 	mode        string
 	immutable   bool
 	synchronous string
-	busyTimeout time.Duration // -1: not given
+	busyTimeout time.Duration
 }
 
 func parseDSN(text string) (d dsn, err error) {
-	d = dsn{mode: "rwc", synchronous: "FULL", busyTimeout: -1}
+	d = dsn{mode: "rwc", synchronous: "FULL", busyTimeout: 5 * time.Second}
 	path, query := text, ""
 	if uri, ok := strings.CutPrefix(text, "file:"); ok {
 		uri, _, _ = strings.Cut(uri, "#")
@@ -274,17 +274,19 @@ type sqliteEngine struct {
 	historyBytes int64
 	wal          bool          // else readers and writers wait for each other, at gate
 	file         os.FileInfo   // what the path named when it was opened
-	slots        chan struct{} // one for each short read under way
+	slots        chan struct{} // holds a token for each short read under way
+	turn         chan struct{} // holds a token while somebody writes
 	wake         chan struct{} // holds a token after a commit, for the tail
 	gate         sync.RWMutex
-	mu           sync.Mutex
-	idle         []*conn // protected by mu; for reading
 
-	turn      turn
-	writer    *conn // used by whose turn it is; nil until the first write
-	oldest    int64 // the same; position of the log's oldest row as far as known, or -1
-	unchecked int64 // the same; what may have gone into the WAL since its size was looked at
-	walLimit  int64 // the same; the size at which to wait for readers
+	mu      sync.Mutex
+	idle    []*conn    // protected by mu; for reading
+	waiting []*request // protected by mu; writes that may share a transaction
+
+	writer   *conn // whose turn it is uses it; nil until the first write
+	oldest   int64 // the same; position of the log's oldest row as far as known, or -1
+	grown    int64 // the same; what may have gone into the WAL since its size was looked at
+	walLimit int64 // the same; the size at which to wait for readers
 }
 
 func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
@@ -296,10 +298,8 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 		return fmt.Errorf("negative BusyTimeout %v", s.busyTimeout)
 	case s.historyBytes < 0:
 		return fmt.Errorf("negative HistoryBytes %d", s.historyBytes)
-	case s.busyTimeout == 0 && s.dsn.busyTimeout >= 0:
-		s.busyTimeout = s.dsn.busyTimeout
 	case s.busyTimeout == 0:
-		s.busyTimeout = 5 * time.Second
+		s.busyTimeout = s.dsn.busyTimeout
 	}
 	if s.historyBytes == 0 {
 		s.historyBytes = 16 << 20
@@ -344,28 +344,29 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) (err error) {
 	if err != nil {
 		return err
 	}
-	mode, err := c.exec("PRAGMA journal_mode")
-	if err == nil && asText(mode[0]) != "wal" && !disableWAL && !s.dsn.readOnly() && !s.dsn.private() {
-		if now, err := c.exec("PRAGMA journal_mode = WAL"); err == nil {
+	mode := c.exec("PRAGMA journal_mode")
+	if c.err == nil && asText(mode[0]) != "wal" && !disableWAL && !s.dsn.readOnly() && !s.dsn.private() {
+		if now := c.exec("PRAGMA journal_mode = WAL"); now != nil {
 			mode = now
-		} // else it is in use, or can't be had: the mode it has will do
+		}
+		c.err = nil // it is in use, or can't have a WAL: the mode it has will do
 	}
-	s.wal = err == nil && asText(mode[0]) == "wal"
-	return err
+	s.wal = c.err == nil && asText(mode[0]) == "wal"
+	return c.err
 }
 
 // inspect returns the SQL that makes the file one of this schema, "" for one
 // that is, and an error for one that can't be.
 func (c *conn) inspect() (string, error) {
-	v, err := c.exec(`SELECT
+	v := c.exec(`SELECT
 		(SELECT user_version FROM pragma_user_version),
 		(SELECT encoding FROM pragma_encoding),
 		(SELECT count(*) FROM sqlite_schema WHERE name NOT LIKE 'sqlite^_%' ESCAPE '^' AND name <> 'zestor_kv'),
 		(SELECT count(*) FROM sqlite_schema WHERE name IN
 			('zestor_log', 'zestor_insert', 'zestor_update', 'zestor_delete', 'zestor_rename', 'zestor_keep')),
 		(SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv'))`)
-	if err != nil {
-		return "", err
+	if c.err != nil {
+		return "", c.err
 	}
 	version, encoding, others, objects, columns := asInt(v[0]), asText(v[1]), asInt(v[2]), asInt(v[3]), asText(v[4])
 	switch {
@@ -392,13 +393,13 @@ type conn struct {
 	driver.Conn
 	busyTimeout time.Duration
 	stmts       map[string]*stmt
-	cursors     int  // rows being read
-	broken      bool // not to be used again
+	cursors     int   // rows being read
+	broken      bool  // not to be used again
+	err         error // the first of SQLite's since the connection was borrowed: nothing is run after it
 
 	newest int64 // revision of the newest change
 	end    int64 // of the log, in bytes
 	wrote  int   // changes in this transaction
-	failed error // of SQLite itself: the transaction must not be committed
 }
 
 type stmt struct {
@@ -410,12 +411,15 @@ type stmt struct {
 
 // connect opens a connection to the file that was opened first.
 func (s *sqliteEngine) connect() (*conn, error) {
+	c := &conn{busyTimeout: s.busyTimeout, stmts: make(map[string]*stmt)}
 	uri := s.dsn.uri()
-	opened, err := retry(s.busyTimeout, func() (driver.Conn, error) { return new(sqlite3.SQLiteDriver).Open(uri) })
+	err := c.retry(func() (err error) {
+		c.Conn, err = new(sqlite3.SQLiteDriver).Open(uri)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{Conn: opened, busyTimeout: s.busyTimeout, stmts: make(map[string]*stmt)}
 	if err := s.moved(); err != nil {
 		c.close()
 		return nil, err
@@ -440,18 +444,18 @@ func (s *sqliteEngine) moved() error {
 }
 
 // retry repeats what fails because of another connection's lock.
-func retry[R any](timeout time.Duration, fn func() (R, error)) (R, error) {
+func (c *conn) retry(fn func() error) error {
 	var start time.Time
 	for {
-		result, err := fn()
+		err := fn()
 		if err == nil || !isBusy(err) {
-			return result, err
+			return err
 		}
 		if start.IsZero() {
 			start = time.Now().Add(-lockPoll)
 		}
-		if time.Since(start) >= timeout {
-			return result, fmt.Errorf("another process kept the file locked, for longer than the BusyTimeout of %v: %w", timeout, err)
+		if time.Since(start) >= c.busyTimeout {
+			return fmt.Errorf("another process kept the file locked, for longer than the BusyTimeout of %v: %w", c.busyTimeout, err)
 		}
 	}
 }
@@ -467,22 +471,19 @@ func isBusy(err error) bool {
 	return code == 5 || code == 15
 }
 
-// rows runs a statement and yields its rows. The slice is reused, its values
-// are not.
-func (c *conn) rows(sql string, args ...driver.Value) iter.Seq2[[]driver.Value, error] {
-	return func(yield func([]driver.Value, error) bool) {
-		fail := func(err error) {
-			c.failed = err
-			yield(nil, err)
+// rows runs a statement and yields its rows; c.err says afterwards whether
+// that were all. The slice is reused, its values are not.
+func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
+	return func(yield func([]driver.Value) bool) {
+		if c.err != nil {
+			return
 		}
 		st := c.stmts[sql]
 		if st == nil || st.busy {
-			prepared, err := c.Prepare(sql)
-			if err != nil {
-				fail(err)
+			st = new(stmt)
+			if st.Stmt, c.err = c.Prepare(sql); c.err != nil {
 				return
 			}
-			st = &stmt{Stmt: prepared}
 			if c.stmts[sql] == nil {
 				c.stmts[sql] = st
 			} else {
@@ -493,12 +494,13 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq2[[]driver.Value, 
 		for i, arg := range args {
 			st.args = append(st.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
 		}
-		rows, err := retry(c.busyTimeout, func() (driver.Rows, error) {
-			return st.Stmt.(driver.StmtQueryContext).QueryContext(context.Background(), st.args)
+		var rows driver.Rows
+		c.err = c.retry(func() (err error) {
+			rows, err = st.Stmt.(driver.StmtQueryContext).QueryContext(context.Background(), st.args)
+			return err
 		})
 		clear(st.args)
-		if err != nil {
-			fail(err)
+		if c.err != nil {
 			return
 		}
 		st.busy = true
@@ -512,13 +514,13 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq2[[]driver.Value, 
 			st.row = make([]driver.Value, len(rows.Columns()))
 		}
 		for {
-			switch err := rows.Next(st.row); {
-			case err == io.EOF:
+			if err := rows.Next(st.row); err != nil {
+				if err != io.EOF {
+					c.err = err
+				}
 				return
-			case err != nil:
-				fail(err)
-				return
-			case !yield(st.row, nil):
+			}
+			if !yield(st.row) {
 				return
 			}
 		}
@@ -526,43 +528,40 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq2[[]driver.Value, 
 }
 
 // exec runs a statement to its end and returns its last row, if it has any.
-// The driver keeps a copy of the arguments as long as the statement, so one
-// that was given much is closed.
-func (c *conn) exec(sql string, args ...driver.Value) (last []driver.Value, err error) {
-	for v, err := range c.rows(sql, args...) {
-		if err != nil {
-			return nil, err
-		}
+func (c *conn) exec(sql string, args ...driver.Value) (last []driver.Value) {
+	for v := range c.rows(sql, args...) {
 		last = v
 	}
 	for _, arg := range args {
+		// The driver keeps a copy of the arguments as long as the statement.
 		if st := c.stmts[sql]; st != nil && len(asBytes(arg))+len(asText(arg)) > groupBytes {
 			st.Close()
 			delete(c.stmts, sql)
 		}
 	}
-	return last, nil
+	return last
 }
 
 // transaction commits if fn returns nil.
-func (c *conn) transaction(begin string, fn func() error) error {
-	if _, err := c.exec(begin); err != nil {
-		return err
+func (c *conn) transaction(begin string, fn func() error) (err error) {
+	c.wrote = 0
+	if c.exec(begin); c.err != nil {
+		return c.err
 	}
-	c.wrote, c.failed = 0, nil
 	committed := false
 	defer func() { // also after a panic or Goexit
 		if !committed {
-			_, _ = c.exec("ROLLBACK") // SQLite may have done so itself
+			c.err = nil
+			c.exec("ROLLBACK") // SQLite may have done so itself
 			state, ok := c.Conn.(interface{ AutoCommit() bool })
 			c.broken = ok && !state.AutoCommit()
 		}
 	}()
-	err := fn()
-	if err == nil {
-		_, err = c.exec("COMMIT")
-		committed = err == nil
+	if err = fn(); err == nil {
+		c.exec("COMMIT")
+		err = c.err
 	}
+	committed = err == nil
 	return err
 }
 
@@ -579,11 +578,12 @@ func asText(v driver.Value) string  { text, _ := v.(string); return text }
 func asBytes(v driver.Value) []byte { data, _ := v.([]byte); return data }
 
 // borrow lends fn a connection for reading.
-func (s *sqliteEngine) borrow(fn func(*conn) error) error {
+func (s *sqliteEngine) borrow(fn func(*conn) error) (err error) {
 	switch {
 	case s.dsn.private():
 		s.gate.Lock()
 		defer s.gate.Unlock()
+		s.writer.err = nil
 		return fn(s.writer)
 	case !s.wal:
 		s.gate.RLock()
@@ -596,7 +596,6 @@ func (s *sqliteEngine) borrow(fn func(*conn) error) error {
 	}
 	s.mu.Unlock()
 	if c == nil {
-		var err error
 		if c, err = s.connect(); err != nil {
 			return err
 		}
@@ -613,6 +612,7 @@ func (s *sqliteEngine) borrow(fn func(*conn) error) error {
 			c.close()
 		}
 	}()
+	c.err = nil
 	return fn(c)
 }
 
@@ -637,10 +637,9 @@ func (s *sqliteEngine) view(fn func(snapshot[[]byte]) error) error {
 func (s *sqliteEngine) streams() bool { return s.wal }
 
 func (c *conn) get(kind, key string) (*row[[]byte], error) {
-	v, err := c.exec(`SELECT CAST(value AS BLOB), version, revision, updated_at
-		FROM zestor_kv WHERE kind = ? AND key = ?`, kind, key)
-	if err != nil || v == nil {
-		return nil, err
+	v := c.exec(`SELECT CAST(value AS BLOB), version, revision, updated_at FROM zestor_kv WHERE kind = ? AND key = ?`, kind, key)
+	if v == nil {
+		return nil, c.err
 	}
 	r := rowOf(kind, key, v)
 	return &r, nil
@@ -660,16 +659,16 @@ func (c *conn) scan(kind string, r Range) iter.Seq2[row[[]byte], error] {
 	if !bounded {
 		to = []byte{} // SQLite sorts every blob behind every text
 	}
-	limit := int64(-1)
-	if r.Limit > 0 {
-		limit = int64(r.Limit)
-	}
+	sql := `SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv
+		WHERE kind = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?`
 	if r.Descending {
-		return c.entries(`SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv
-			WHERE kind = ? AND key >= ? AND key < ? ORDER BY key DESC LIMIT ?`, kind, lo, to, limit)
+		sql = `SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv
+		WHERE kind = ? AND key >= ? AND key < ? ORDER BY key DESC LIMIT ?`
 	}
-	return c.entries(`SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv
-		WHERE kind = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?`, kind, lo, to, limit)
+	if r.Limit == 0 {
+		r.Limit = -1
+	}
+	return c.entries(sql, kind, lo, to, int64(r.Limit))
 }
 
 func (c *conn) all() iter.Seq2[row[[]byte], error] {
@@ -678,45 +677,39 @@ func (c *conn) all() iter.Seq2[row[[]byte], error] {
 
 func (c *conn) entries(sql string, args ...driver.Value) iter.Seq2[row[[]byte], error] {
 	return func(yield func(row[[]byte], error) bool) {
-		for v, err := range c.rows(sql, args...) {
-			if err != nil {
-				yield(row[[]byte]{}, err)
-				return
-			}
+		for v := range c.rows(sql, args...) {
 			if !yield(rowOf(asText(v[4]), asText(v[5]), v), nil) {
 				return
 			}
+		}
+		if c.err != nil {
+			yield(row[[]byte]{}, c.err)
 		}
 	}
 }
 
 func (c *conn) keys(kind string) ([]string, error) {
 	keys := []string{}
-	for v, err := range c.rows(`SELECT key FROM zestor_kv WHERE kind = ? ORDER BY key`, kind) {
-		if err != nil {
-			return nil, err
-		}
+	for v := range c.rows(`SELECT key FROM zestor_kv WHERE kind = ? ORDER BY key`, kind) {
 		keys = append(keys, asText(v[0]))
 	}
-	return keys, nil
+	return keys, c.err
 }
 
-func (c *conn) count(kind string) (int, error) {
-	v, err := c.exec(`SELECT count(*) FROM zestor_kv WHERE kind = ?`, kind)
-	if err != nil {
-		return 0, err
+func (c *conn) count(kind string) (n int, err error) {
+	for v := range c.rows(`SELECT count(*) FROM zestor_kv WHERE kind = ?`, kind) {
+		n = int(asInt(v[0]))
 	}
-	return int(asInt(v[0])), nil
+	return n, c.err
 }
 
 // revision also finds the end of the log.
 func (c *conn) revision() (int64, error) {
 	c.newest, c.end = 0, 0
-	v, err := c.exec(`SELECT revision, position + ` + logSize + ` FROM zestor_log ORDER BY revision DESC LIMIT 1`)
-	if v != nil {
+	for v := range c.rows(`SELECT revision, position + ` + logSize + ` FROM zestor_log ORDER BY revision DESC LIMIT 1`) {
 		c.newest, c.end = asInt(v[0]), asInt(v[1])
 	}
-	return c.newest, err
+	return c.newest, c.err
 }
 
 // A gapError is ErrCompacted at a gap in the log. It is the revision after
@@ -728,21 +721,22 @@ func (gapError) Is(target error) bool { return target == ErrCompacted }
 
 func (c *conn) history(since int64) iter.Seq2[change[[]byte], error] {
 	return func(yield func(change[[]byte], error) bool) {
-		for v, err := range c.rows(`SELECT value, version, revision, NULL, kind, key, type FROM zestor_log
+		for v := range c.rows(`SELECT value, version, revision, NULL, kind, key, type FROM zestor_log
 			WHERE revision > ? ORDER BY revision`, since) {
-			var ch change[[]byte]
-			if err == nil {
-				ch = change[[]byte]{rowOf(asText(v[4]), asText(v[5]), v), EventType(asText(v[6]))}
-				since++
-				if ch.revision != since {
-					err = gapError(ch.revision - 1)
-				} else if ch.what != EventCreate && ch.what != EventUpdate && ch.what != EventDelete {
-					err = gapError(ch.revision)
-				}
+			ch := change[[]byte]{rowOf(asText(v[4]), asText(v[5]), v), EventType(asText(v[6]))}
+			since++
+			var err error
+			if ch.revision != since {
+				err = gapError(ch.revision - 1)
+			} else if ch.what != EventCreate && ch.what != EventUpdate && ch.what != EventDelete {
+				err = gapError(ch.revision)
 			}
 			if !yield(ch, err) || err != nil {
 				return
 			}
+		}
+		if c.err != nil {
+			yield(change[[]byte]{}, c.err)
 		}
 	}
 }
@@ -757,114 +751,89 @@ func (c *conn) put(kind, key string, value []byte, version int64) (int64, error)
 		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ?)`
 	}
 	now := time.Now().UTC().Format("2006-01-02T15:04:05.000Z")
-	_, err := c.exec(sql, kind, key, value, version, now, c.newest+1)
-	return c.logged(size, err)
+	c.exec(sql, kind, key, value, version, now, c.newest+1)
+	c.logged(size)
+	return c.newest, c.err
 }
 
 func (c *conn) remove(old *row[[]byte]) error {
-	_, err := c.exec(`DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.kind, old.key)
-	_, err = c.logged(sizeOf(old.kind, old.key, old.value), err)
-	return err
+	c.exec(`DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.kind, old.key)
+	c.logged(sizeOf(old.kind, old.key, old.value))
+	return c.err
 }
 
 // logged counts what a trigger has logged.
-func (c *conn) logged(size int64, err error) (int64, error) {
-	if err != nil {
-		return 0, err
-	}
+func (c *conn) logged(size int64) {
 	c.newest++
 	c.end += size
 	c.wrote++
-	return c.newest, nil
 }
 
-// turn lets one caller write at a time, in order of arrival. Whose turn it is
-// may do the work of those behind: group commit.
-type turn struct {
-	mu      sync.Mutex
-	taken   bool       // protected by mu
-	waiting []*request // protected by mu
-}
-
-// A request is a caller's write.
+// A request is a write that may share a transaction with others.
 type request struct {
-	shared bool
-	fn     func(transaction[[]byte]) error
-	err    error
-	done   chan bool // while it waits: false says that its turn has come
+	fn   func(transaction[[]byte]) error
+	err  error
+	done chan struct{} // closed after the commit
 }
 
-// take waits for the turn. It returns true if somebody has done r meanwhile.
-func (t *turn) take(r *request) (done bool) {
-	t.mu.Lock()
-	if !t.taken {
-		t.taken = true
-		t.mu.Unlock()
-		return false
-	}
-	r.done = make(chan bool, 1)
-	t.waiting = append(t.waiting, r)
-	t.mu.Unlock()
-	return <-r.done
-}
-
-// next takes the request that is first in line, if it can be shared.
-func (t *turn) next() *request {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if len(t.waiting) == 0 || !t.waiting[0].shared {
-		return nil
-	}
-	r := t.waiting[0]
-	t.waiting = t.waiting[1:]
-	return r
-}
-
-// pass gives the turn to whoever is first in line.
-func (t *turn) pass() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.taken = len(t.waiting) > 0; t.taken {
-		t.waiting[0].done <- false
-		t.waiting = t.waiting[1:]
-	}
-}
-
-// write is group commit: a shared request whose turn it is runs those that
-// wait behind it in its own transaction. An error that ends the transaction is
-// everybody's, one of a request itself only its own.
+// write waits for its turn. Shared writes are group commit: whose turn it is
+// does the work of all that wait, and they return with it.
 func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) error {
-	group := []*request{{shared: shared, fn: fn}}
-	if s.turn.take(group[0]) {
-		return group[0].err
+	if !shared {
+		s.turn <- struct{}{}
+		defer func() { <-s.turn }()
+		return s.transact(func(c *conn) error { return fn(c) })
 	}
-	err := errors.New("the transaction did not end")
-	defer func() { // also after a panic or Goexit
-		s.turn.pass()
-		for _, r := range group[1:] {
-			if err != nil {
-				r.err = err
-			}
-			r.done <- true
+	r := &request{fn, nil, make(chan struct{})}
+	s.mu.Lock()
+	s.waiting = append(s.waiting, r)
+	s.mu.Unlock()
+	for {
+		select {
+		case <-r.done:
+			return r.err
+		case s.turn <- struct{}{}:
+			s.group()
+			<-s.turn
 		}
-	}()
-	err = s.transact(func(c *conn) error {
-		if !shared {
-			return fn(c)
+	}
+}
+
+// group commits waiting requests in one transaction. An error that ends it is
+// everybody's, one of a request itself only its own.
+func (s *sqliteEngine) group() {
+	var group []*request
+	next := func() *request {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if len(s.waiting) == 0 {
+			return nil
 		}
-		for r, start := group[0], c.end; ; group = append(group, r) {
-			if r.err = r.fn(c); c.failed != nil || c.end-start > groupBytes {
-				return c.failed
+		r := s.waiting[0]
+		s.waiting = s.waiting[1:]
+		group = append(group, r)
+		return r
+	}
+	r := next()
+	if r == nil {
+		return // somebody else did it all
+	}
+	err := s.transact(func(c *conn) error {
+		for limit := c.end + groupBytes; ; {
+			if r.err = r.fn(c); c.err != nil || c.end > limit {
+				return c.err
 			}
-			if r = s.turn.next(); r == nil {
+			if r = next(); r == nil {
 				return nil
 			}
 		}
 	})
-	if err == nil {
-		return group[0].err
+	for _, r := range group {
+		if err != nil {
+			r.err = err
+		}
+		close(r.done)
 	}
-	return err
 }
 
 // transact is the one way to write. It is for whose turn it is.
@@ -882,6 +851,7 @@ func (s *sqliteEngine) transact(fn func(*conn) error) (err error) {
 		}
 	}
 	c := s.writer
+	c.err = nil
 	defer func() {
 		if c.broken && !s.dsn.private() {
 			c.close()
@@ -896,18 +866,20 @@ func (s *sqliteEngine) transact(fn func(*conn) error) (err error) {
 		if _, err := c.revision(); err != nil {
 			return err
 		}
+		s.grown += 16<<10 - 2*c.end // a commit writes whole pages, and every change twice
 		if err := fn(c); err != nil {
 			return err
 		}
-		if c.failed != nil {
-			return c.failed
-		}
-		return s.trim(c)
+		s.grown += 2 * c.end
+		s.trim(c)
+		return c.err
 	})
-	if err != nil {
-		s.oldest = -1
-	} else if c.wrote > 0 {
+	switch {
+	case err != nil:
+		s.oldest, s.grown = -1, maxWAL
+	case c.wrote > 0:
 		s.signal()
+		s.limitWAL(c)
 	}
 	return err
 }
@@ -915,16 +887,13 @@ func (s *sqliteEngine) transact(fn func(*conn) error) (err error) {
 // trim cuts the log to the newest changes that fit historyBytes. When it has
 // to, it cuts a little more, so that most writes find nothing to do; and never
 // many more rows than the transaction has written.
-func (s *sqliteEngine) trim(c *conn) error {
+func (s *sqliteEngine) trim(c *conn) {
 	low := c.end - s.historyBytes
 	if c.wrote == 0 || s.oldest >= low {
-		return nil
+		return
 	}
 	last, most := int64(0), 256+2*c.wrote
-	for v, err := range c.rows(`SELECT revision, position FROM zestor_log ORDER BY revision`) {
-		if err != nil {
-			return err
-		}
+	for v := range c.rows(`SELECT revision, position FROM zestor_log ORDER BY revision`) {
 		s.oldest = asInt(v[1])
 		if most == 0 || s.oldest >= low || asInt(v[0]) == c.newest {
 			break
@@ -935,11 +904,32 @@ func (s *sqliteEngine) trim(c *conn) error {
 		last = asInt(v[0])
 		most--
 	}
-	if last == 0 {
-		return nil
+	if last > 0 {
+		c.exec(`DELETE FROM zestor_log WHERE revision <= ?`, last)
 	}
-	_, err := c.exec(`DELETE FROM zestor_log WHERE revision <= ?`, last)
-	return err
+}
+
+// limitWAL empties the write-ahead log when it has become long. SQLite starts
+// it anew only at a moment when nobody reads from it, which overlapping
+// readers never leave; so the writer keeps others from writing until the last
+// of them has gone. If that takes too long the log may grow some more.
+func (s *sqliteEngine) limitWAL(c *conn) {
+	if s.grown < maxWAL/16 || !s.wal {
+		return
+	}
+	s.grown = 0
+	file, err := os.Stat(s.dsn.path + "-wal")
+	if err != nil || file.Size() < s.walLimit {
+		return
+	}
+	c.exec(`PRAGMA busy_timeout = 2500`)
+	c.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
+	c.err = nil
+	s.walLimit = maxWAL
+	if file, err = os.Stat(s.dsn.path + "-wal"); err == nil && file.Size() >= maxWAL {
+		s.walLimit = file.Size() + maxWAL/2
+	}
+	c.exec(`PRAGMA busy_timeout = 10`)
 }
 
 // tail reads the log, at once after a commit of this store, and every
@@ -953,23 +943,7 @@ func (s *sqliteEngine) tail(since int64, stop <-chan struct{}, publish func([]ch
 		poll = ticker.C
 	}
 	for {
-		var changes []change[[]byte]
-		err := s.moved()
-		if err == nil {
-			err = s.borrow(func(c *conn) error {
-				size := 0
-				for ch, err := range c.history(since) {
-					if err != nil {
-						return err
-					}
-					changes = append(changes, ch)
-					if size += len(ch.value); len(changes) == 256 || size > groupBytes {
-						break
-					}
-				}
-				return nil
-			})
-		}
+		changes, err := s.changes(since)
 		var gap gapError
 		switch {
 		case len(changes) > 0:
@@ -992,6 +966,27 @@ func (s *sqliteEngine) tail(since int64, stop <-chan struct{}, publish func([]ch
 			return
 		}
 	}
+}
+
+// changes reads some of the log, or the error that comes first.
+func (s *sqliteEngine) changes(since int64) (changes []change[[]byte], err error) {
+	if err := s.moved(); err != nil {
+		return nil, err
+	}
+	size := 0
+	err = s.borrow(func(c *conn) error {
+		for ch, err := range c.history(since) {
+			if err != nil {
+				return err
+			}
+			changes = append(changes, ch)
+			if size += len(ch.value); len(changes) == 256 || size > groupBytes {
+				break
+			}
+		}
+		return nil
+	})
+	return changes, err
 }
 
 func (s *sqliteEngine) signal() {
