@@ -18,9 +18,7 @@ func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
 	itself := func(value T) (T, error) { return value, nil }
 	c := newCore(e, opts, itself, itself, equality[T]())
-	c.plain = true
-	e.publish = func(changes []change[T]) { c.publish(nil, changes) }
-	e.watched = c.hub.watched
+	e.hub = &c.hub
 	return &memStore[T]{c, e}
 }
 
@@ -35,7 +33,7 @@ func (s *memStore[T]) Get(kind, key string) (value T, ok bool, err error) {
 	s.e.mu.RLock()
 	if k := s.e.kinds[kind]; k != nil {
 		if r := k.rows[key]; r != nil {
-			value = r.value
+			value = r.Value
 			s.e.mu.RUnlock()
 			return value, true, nil
 		}
@@ -46,8 +44,7 @@ func (s *memStore[T]) Get(kind, key string) (value T, ok bool, err error) {
 
 // memEngine is a map of kinds behind a mutex.
 type memEngine[T any] struct {
-	publish func([]change[T]) // called with mu locked, so that the order of events is that of writes
-	watched func() bool
+	hub *hub[T] // gets events while mu is locked, so that they come in the order of writes
 
 	mu     sync.RWMutex
 	kinds  map[string]*memKind[T] // protected by mu
@@ -56,7 +53,7 @@ type memEngine[T any] struct {
 
 // memKind is the rows of one kind, and an index of their keys.
 type memKind[T any] struct {
-	rows map[string]*row[T] // protected by the engine's mu; what is pointed at never changes
+	rows map[string]*Entry[T] // protected by the engine's mu; what is pointed at never changes
 
 	// The index is made when somebody first needs an order, and brought up
 	// to date when somebody next does, under the engine's read lock.
@@ -76,20 +73,20 @@ func (e *memEngine[T]) view(fn func(snapshot[T]) error) error { return e.read(fn
 
 func (e *memEngine[T]) streams() bool { return false }
 
-func (e *memEngine[T]) tail(int64, <-chan struct{}, func([]change[T]) bool, func(int64, int64, error)) {
+func (e *memEngine[T]) tail(int64, <-chan struct{}, func([]Event[T]) bool, func(int64, int64, error)) {
 }
 
 func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	t := memTx[T]{memEngine: e, watched: e.watched()}
+	t := memTx[T]{memEngine: e, watched: e.hub.watched()}
 	defer t.rollback() // also after a panic or Goexit
 	if err := fn(&t); err != nil {
 		return err
 	}
 	t.undo = nil
 	if len(t.changes) > 0 {
-		e.publish(t.changes)
+		e.hub.publish(nil, t.changes)
 	}
 	return nil
 }
@@ -106,13 +103,13 @@ type memTx[T any] struct {
 	*memEngine[T]
 	watched bool
 	undo    []memUndo[T]
-	changes []change[T] // while somebody watches
+	changes []*Event[T] // while somebody watches
 }
 
 // memUndo is what a key held before a write.
 type memUndo[T any] struct {
 	kind, key string
-	row       *row[T] // nil: it was absent
+	row       *Entry[T] // nil: it was absent
 }
 
 func (t *memTx[T]) rollback() {
@@ -122,15 +119,15 @@ func (t *memTx[T]) rollback() {
 	t.newest -= int64(len(t.undo))
 }
 
-func (t *memTx[T]) get(kind, key string) (*row[T], error) {
+func (t *memTx[T]) get(kind, key string) (*Entry[T], error) {
 	if k := t.kinds[kind]; k != nil && k.rows[key] != nil {
 		return k.rows[key], nil
 	}
 	return nil, nil
 }
 
-func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[row[T], error] {
-	return func(yield func(row[T], error) bool) {
+func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[Entry[T], error] {
+	return func(yield func(Entry[T], error) bool) {
 		k := t.kinds[kind]
 		if k == nil {
 			return
@@ -160,8 +157,8 @@ func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[row[T], error] {
 	}
 }
 
-func (t *memTx[T]) all() iter.Seq2[row[T], error] {
-	return func(yield func(row[T], error) bool) {
+func (t *memTx[T]) all() iter.Seq2[Entry[T], error] {
+	return func(yield func(Entry[T], error) bool) {
 		for _, k := range t.kinds {
 			for _, r := range k.rows {
 				if !yield(*r, nil) {
@@ -190,26 +187,26 @@ func (t *memTx[T]) count(kind string) (int, error) {
 func (t *memTx[T]) revision() (int64, error) { return t.newest, nil }
 
 // history has nothing to tell: the memory store keeps none.
-func (t *memTx[T]) history(since int64) iter.Seq2[change[T], error] {
-	return func(yield func(change[T], error) bool) {
+func (t *memTx[T]) history(since int64) iter.Seq2[Event[T], error] {
+	return func(yield func(Event[T], error) bool) {
 		if since != t.newest {
-			yield(change[T]{}, ErrCompacted)
+			yield(Event[T]{}, ErrCompacted)
 		}
 	}
 }
 
 func (t *memTx[T]) put(kind, key string, value T, version int64) (int64, error) {
-	t.change(kind, key, &row[T]{kind, key, value, version, t.newest + 1, time.Now().UTC().Truncate(time.Millisecond)})
+	t.change(kind, key, &Entry[T]{kind, key, value, version, t.newest + 1, time.Now().UTC().Truncate(time.Millisecond)})
 	return t.newest, nil
 }
 
-func (t *memTx[T]) remove(old *row[T]) error {
-	t.change(old.kind, old.key, nil)
+func (t *memTx[T]) remove(old *Entry[T]) error {
+	t.change(old.Kind, old.Key, nil)
 	return nil
 }
 
 // change is a write that can be undone and watched.
-func (t *memTx[T]) change(kind, key string, r *row[T]) {
+func (t *memTx[T]) change(kind, key string, r *Entry[T]) {
 	old := t.replace(kind, key, r)
 	t.newest++
 	t.undo = append(t.undo, memUndo[T]{kind, key, old})
@@ -219,21 +216,21 @@ func (t *memTx[T]) change(kind, key string, r *row[T]) {
 	switch {
 	case r == nil:
 		gone := *old
-		gone.revision = t.newest
-		t.changes = append(t.changes, change[T]{gone, EventDelete})
+		gone.Revision = t.newest
+		t.changes = append(t.changes, gone.event(EventDelete))
 	case old == nil:
-		t.changes = append(t.changes, change[T]{*r, EventCreate})
+		t.changes = append(t.changes, r.event(EventCreate))
 	default:
-		t.changes = append(t.changes, change[T]{*r, EventUpdate})
+		t.changes = append(t.changes, r.event(EventUpdate))
 	}
 }
 
 // replace stores r under a key, or removes the key, and returns what was
 // there.
-func (e *memEngine[T]) replace(kind, key string, r *row[T]) (old *row[T]) {
+func (e *memEngine[T]) replace(kind, key string, r *Entry[T]) (old *Entry[T]) {
 	k := e.kinds[kind]
 	if k == nil {
-		k = &memKind[T]{rows: make(map[string]*row[T])}
+		k = &memKind[T]{rows: make(map[string]*Entry[T])}
 		e.kinds[kind] = k
 	}
 	old = k.rows[key]

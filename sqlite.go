@@ -636,7 +636,7 @@ func (s *sqliteEngine) view(fn func(snapshot[[]byte]) error) error {
 
 func (s *sqliteEngine) streams() bool { return s.wal }
 
-func (c *conn) get(kind, key string) (*row[[]byte], error) {
+func (c *conn) get(kind, key string) (*Entry[[]byte], error) {
 	v := c.exec(`SELECT CAST(value AS BLOB), version, revision, updated_at FROM zestor_kv WHERE kind = ? AND key = ?`, kind, key)
 	if v == nil {
 		return nil, c.err
@@ -645,15 +645,15 @@ func (c *conn) get(kind, key string) (*row[[]byte], error) {
 	return &r, nil
 }
 
-func rowOf(kind, key string, v []driver.Value) row[[]byte] {
-	r := row[[]byte]{kind, key, asBytes(v[0]), asInt(v[1]), asInt(v[2]), time.Time{}}
+func rowOf(kind, key string, v []driver.Value) Entry[[]byte] {
+	r := Entry[[]byte]{kind, key, asBytes(v[0]), asInt(v[1]), asInt(v[2]), time.Time{}}
 	if at, err := time.Parse(time.RFC3339Nano, asText(v[3])); err == nil {
-		r.updatedAt = at.UTC().Truncate(time.Millisecond)
+		r.UpdatedAt = at.UTC().Truncate(time.Millisecond)
 	}
 	return r
 }
 
-func (c *conn) scan(kind string, r Range) iter.Seq2[row[[]byte], error] {
+func (c *conn) scan(kind string, r Range) iter.Seq2[Entry[[]byte], error] {
 	lo, hi, bounded := r.bounds()
 	var to driver.Value = hi
 	if !bounded {
@@ -671,19 +671,19 @@ func (c *conn) scan(kind string, r Range) iter.Seq2[row[[]byte], error] {
 	return c.entries(sql, kind, lo, to, int64(r.Limit))
 }
 
-func (c *conn) all() iter.Seq2[row[[]byte], error] {
+func (c *conn) all() iter.Seq2[Entry[[]byte], error] {
 	return c.entries(`SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv`)
 }
 
-func (c *conn) entries(sql string, args ...driver.Value) iter.Seq2[row[[]byte], error] {
-	return func(yield func(row[[]byte], error) bool) {
+func (c *conn) entries(sql string, args ...driver.Value) iter.Seq2[Entry[[]byte], error] {
+	return func(yield func(Entry[[]byte], error) bool) {
 		for v := range c.rows(sql, args...) {
 			if !yield(rowOf(asText(v[4]), asText(v[5]), v), nil) {
 				return
 			}
 		}
 		if c.err != nil {
-			yield(row[[]byte]{}, c.err)
+			yield(Entry[[]byte]{}, c.err)
 		}
 	}
 }
@@ -719,24 +719,25 @@ type gapError int64
 func (gapError) Error() string        { return ErrCompacted.Error() }
 func (gapError) Is(target error) bool { return target == ErrCompacted }
 
-func (c *conn) history(since int64) iter.Seq2[change[[]byte], error] {
-	return func(yield func(change[[]byte], error) bool) {
+func (c *conn) history(since int64) iter.Seq2[Event[[]byte], error] {
+	return func(yield func(Event[[]byte], error) bool) {
 		for v := range c.rows(`SELECT value, version, revision, NULL, kind, key, type FROM zestor_log
 			WHERE revision > ? ORDER BY revision`, since) {
-			ch := change[[]byte]{rowOf(asText(v[4]), asText(v[5]), v), EventType(asText(v[6]))}
+			e := rowOf(asText(v[4]), asText(v[5]), v)
+			ch := *e.event(EventType(asText(v[6])))
 			since++
 			var err error
-			if ch.revision != since {
-				err = gapError(ch.revision - 1)
-			} else if ch.what != EventCreate && ch.what != EventUpdate && ch.what != EventDelete {
-				err = gapError(ch.revision)
+			if ch.Revision != since {
+				err = gapError(ch.Revision - 1)
+			} else if ch.Type != EventCreate && ch.Type != EventUpdate && ch.Type != EventDelete {
+				err = gapError(ch.Revision)
 			}
 			if !yield(ch, err) || err != nil {
 				return
 			}
 		}
 		if c.err != nil {
-			yield(change[[]byte]{}, c.err)
+			yield(Event[[]byte]{}, c.err)
 		}
 	}
 }
@@ -756,9 +757,9 @@ func (c *conn) put(kind, key string, value []byte, version int64) (int64, error)
 	return c.newest, c.err
 }
 
-func (c *conn) remove(old *row[[]byte]) error {
-	c.exec(`DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.kind, old.key)
-	c.logged(sizeOf(old.kind, old.key, old.value))
+func (c *conn) remove(old *Entry[[]byte]) error {
+	c.exec(`DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
+	c.logged(sizeOf(old.Kind, old.Key, old.Value))
 	return c.err
 }
 
@@ -934,7 +935,7 @@ func (s *sqliteEngine) limitWAL(c *conn) {
 
 // tail reads the log, at once after a commit of this store, and every
 // pollInterval for those of others.
-func (s *sqliteEngine) tail(since int64, stop <-chan struct{}, publish func([]change[[]byte]) bool, lost func(since, upTo int64, err error)) {
+func (s *sqliteEngine) tail(since int64, stop <-chan struct{}, publish func([]Event[[]byte]) bool, lost func(since, upTo int64, err error)) {
 	defer s.signal() // the token it took last may be meant for the next tail
 	var poll <-chan time.Time
 	if !s.dsn.private() {
@@ -947,7 +948,7 @@ func (s *sqliteEngine) tail(since int64, stop <-chan struct{}, publish func([]ch
 		var gap gapError
 		switch {
 		case len(changes) > 0:
-			since = changes[len(changes)-1].revision
+			since = changes[len(changes)-1].Revision
 			if !publish(changes) {
 				return
 			}
@@ -969,7 +970,7 @@ func (s *sqliteEngine) tail(since int64, stop <-chan struct{}, publish func([]ch
 }
 
 // changes reads some of the log, or the error that comes first.
-func (s *sqliteEngine) changes(since int64) (changes []change[[]byte], err error) {
+func (s *sqliteEngine) changes(since int64) (changes []Event[[]byte], err error) {
 	if err := s.moved(); err != nil {
 		return nil, err
 	}
@@ -980,7 +981,7 @@ func (s *sqliteEngine) changes(since int64) (changes []change[[]byte], err error
 				return err
 			}
 			changes = append(changes, ch)
-			if size += len(ch.value); len(changes) == 256 || size > groupBytes {
+			if size += len(ch.Value); len(changes) == 256 || size > groupBytes {
 				break
 			}
 		}

@@ -150,7 +150,7 @@ func (c *core[T, V]) run(w *watch[T], started chan<- error) {
 	defer close(w.ch)
 	defer c.hub.remove(w)
 	var began, replayed, ok bool
-	pick := func(s snapshot[V]) (rows iter.Seq2[change[V], error], err error) {
+	pick := func(s snapshot[V]) (rows iter.Seq2[Event[V], error], err error) {
 		// From here on the hub hands over every change that is not in s.
 		if err = c.hub.add(w, s.revision, c.tail); err == nil {
 			rows, err = past(w, s)
@@ -160,7 +160,7 @@ func (c *core[T, V]) run(w *watch[T], started chan<- error) {
 		}
 		return rows, err
 	}
-	err := over(c.engine.view, c.engine.streams(), pick, func(rows iter.Seq2[change[V], error]) error {
+	err := over(c.engine.view, c.engine.streams(), pick, func(rows iter.Seq2[Event[V], error]) error {
 		replayed, ok = true, c.replay(w, rows)
 		return nil
 	})
@@ -175,7 +175,7 @@ func (c *core[T, V]) run(w *watch[T], started chan<- error) {
 }
 
 // past is what a watch replays of s.
-func past[T, V any](w *watch[T], s snapshot[V]) (iter.Seq2[change[V], error], error) {
+func past[T, V any](w *watch[T], s snapshot[V]) (iter.Seq2[Event[V], error], error) {
 	if w.resume {
 		if w.since > w.from {
 			return nil, ErrCompacted
@@ -188,12 +188,12 @@ func past[T, V any](w *watch[T], s snapshot[V]) (iter.Seq2[change[V], error], er
 		}
 		return s.history(w.since), nil
 	}
-	return func(yield func(change[V], error) bool) {
+	return func(yield func(Event[V], error) bool) {
 		if !w.initial {
 			return
 		}
 		for r, err := range s.scan(w.kind, Range{Prefix: w.prefix}) {
-			if !yield(change[V]{r, EventCreate}, err) {
+			if !yield(*r.event(EventCreate), err) {
 				return
 			}
 		}
@@ -201,9 +201,9 @@ func past[T, V any](w *watch[T], s snapshot[V]) (iter.Seq2[change[V], error], er
 }
 
 // replay sends the past, and says whether the watch is to go on.
-func (c *core[T, V]) replay(w *watch[T], rows iter.Seq2[change[V], error]) bool {
+func (c *core[T, V]) replay(w *watch[T], rows iter.Seq2[Event[V], error]) bool {
 	complete := w.begin()
-	var some []change[V]
+	var some []Event[V]
 	flush := func() bool {
 		for _, ev := range c.events(some) {
 			if !w.send(*ev) {
@@ -218,9 +218,9 @@ func (c *core[T, V]) replay(w *watch[T], rows iter.Seq2[change[V], error]) bool 
 			return flush() && w.fail(err, complete)
 		}
 		if w.resume {
-			complete = ch.revision
+			complete = ch.Revision
 		}
-		if w.wants(ch.what, ch.kind, ch.key) {
+		if w.wants(ch.Type, ch.Kind, ch.Key) {
 			some = append(some, ch)
 		}
 		if len(some) == 16 && !flush() {
@@ -235,83 +235,56 @@ func (c *core[T, V]) replay(w *watch[T], rows iter.Seq2[change[V], error]) bool 
 
 // events decodes changes. It does so on a goroutine of its own, since a codec
 // may panic or call Goexit, which must end neither the watch nor the program.
-func (c *core[T, V]) events(changes []change[V]) (events []*Event[T]) {
-	one := func(ch *change[V]) {
-		ev := &Event[T]{Type: ch.what, Kind: ch.kind, Key: ch.key, Version: ch.version, Revision: ch.revision}
-		events = append(events, ev)
-		if c.plain {
-			ev.Value, _ = c.decode(ch.value)
-			return
-		}
-		at := place{"watch", ch.kind, ch.key}
-		ev.Err = at.fail(errors.New("codec called Goexit"))
-		defer func() {
-			if p := recover(); p != nil {
-				ev.Err = at.fail(fmt.Errorf("codec panicked: %v", p))
-			}
-		}()
-		value, err := c.decode(ch.value)
-		ev.Value, ev.Err = value, at.fail(err)
-	}
-	rest := func() {
-		for len(events) < len(changes) {
-			one(&changes[len(events)])
-		}
-	}
-	if c.plain {
-		rest()
-	}
+func (c *core[T, V]) events(changes []Event[V]) (events []*Event[T]) {
 	for len(events) < len(changes) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			rest()
+			defer func() {
+				if p := recover(); p != nil {
+					events[len(events)-1].Err = fmt.Errorf("zestor: watch: codec panicked: %v", p)
+				}
+			}()
+			for len(events) < len(changes) {
+				ch := &changes[len(events)]
+				ev := &Event[T]{Type: ch.Type, Kind: ch.Kind, Key: ch.Key, Version: ch.Version, Revision: ch.Revision, Err: errGoexit}
+				events = append(events, ev)
+				value, err := c.decode(ch.Value)
+				if ev.Value, ev.Err = value, err; err != nil {
+					ev.Err = place{"watch", ch.Kind, ch.Key}.fail(err)
+				}
+			}
 		}()
 		<-done
 	}
 	return events
 }
 
-// publish hands committed changes to whom they concern, in order. Nothing is
-// decoded that nobody watches. It returns false if the tail that calls it is
-// not the hub's any more.
-func (c *core[T, V]) publish(tail <-chan struct{}, changes []change[V]) bool {
-	h := &c.hub
-	h.mu.Lock()
-	changes = slices.DeleteFunc(changes, func(ch change[V]) bool {
-		return !slices.ContainsFunc(h.watches, func(w *watch[T]) bool { return w.wants(ch.what, ch.kind, ch.key) })
-	})
-	h.mu.Unlock()
-	events := c.events(changes) // a codec must not run under the lock
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if tail != nil && tail != h.stop {
-		return false
-	}
-	for _, ev := range events {
-		for _, w := range h.watches {
-			if w.from < ev.Revision && w.wants(ev.Type, ev.Kind, ev.Key) {
-				w.offer(ev)
-			}
-		}
-	}
-	return true
-}
+var errGoexit = errors.New("zestor: watch: codec called Goexit")
 
-// tail runs the engine's tail until stop is closed. What it can't have ends
-// the watches that wait for it.
+// tail runs the engine's tail until stop is closed. Nothing is decoded that
+// nobody watches. What can't be had ends the watches that wait for it.
 func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
-	defer c.hub.running.Done()
-	publish := func(changes []change[V]) bool { return c.publish(stop, changes) }
-	c.engine.tail(since, stop, publish, func(since, upTo int64, err error) {
-		c.hub.mu.Lock()
-		defer c.hub.mu.Unlock()
-		for _, w := range c.hub.watches {
-			if stop == c.hub.stop && w.from < upTo {
+	h := &c.hub
+	defer h.running.Done()
+	publish := func(changes []Event[V]) bool {
+		h.mu.Lock()
+		changes = slices.DeleteFunc(changes, func(ch Event[V]) bool {
+			return !slices.ContainsFunc(h.watches, func(w *watch[T]) bool { return w.wants(ch.Type, ch.Kind, ch.Key) })
+		})
+		h.mu.Unlock()
+		return h.publish(stop, c.events(changes)) // a codec must not run under the lock
+	}
+	lost := func(since, upTo int64, err error) {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		for _, w := range h.watches {
+			if stop == h.stop && w.from < upTo {
 				w.stop(err, max(since, w.from))
 			}
 		}
-	})
+	}
+	c.engine.tail(since, stop, publish, lost)
 }
 
 // hub is the broadcast from a store's writers, or from its tail, to its
@@ -352,6 +325,24 @@ func (h *hub[T]) remove(w *watch[T]) {
 		close(h.stop)
 		h.stop = nil
 	}
+}
+
+// publish hands events to whom they concern. It returns false if the tail that
+// calls it, if any, is not the running one any more.
+func (h *hub[T]) publish(tail <-chan struct{}, events []*Event[T]) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if tail != nil && tail != h.stop {
+		return false
+	}
+	for _, ev := range events {
+		for _, w := range h.watches {
+			if w.from < ev.Revision && w.wants(ev.Type, ev.Kind, ev.Key) {
+				w.offer(ev)
+			}
+		}
+	}
+	return true
 }
 
 func (h *hub[T]) watched() bool {

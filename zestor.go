@@ -278,6 +278,10 @@ type Entry[T any] struct {
 	UpdatedAt time.Time // when that was: UTC, milliseconds; zero if the file holds no such time
 }
 
+func (e *Entry[V]) event(what EventType) *Event[V] {
+	return &Event[V]{what, e.Kind, e.Key, e.Value, e.Version, e.Revision, nil}
+}
+
 // Range selects keys for Scan. The zero Range selects all.
 type Range struct {
 	Prefix     string // only keys that start with it
@@ -351,33 +355,19 @@ type StoreOptions[T any] struct {
 
 // Below the contract: its rules, written once over the two engines.
 
-// A row is an entry as an engine keeps it: V is T itself in memory, and its
+// An engine's entries and events are of type V: T itself in memory, and its
 // encoding in SQLite.
-type row[V any] struct {
-	kind, key string
-	value     V
-	version   int64
-	revision  int64
-	updatedAt time.Time
-}
-
-// A change is one step of the store's history: the row that was written or
-// deleted, under the revision of that step.
-type change[V any] struct {
-	row[V]
-	what EventType
-}
 
 // snapshot is one consistent state of an engine.
 type snapshot[V any] interface {
-	get(kind, key string) (*row[V], error) // nil: absent
-	scan(kind string, r Range) iter.Seq2[row[V], error]
-	all() iter.Seq2[row[V], error]
+	get(kind, key string) (*Entry[V], error) // nil: absent
+	scan(kind string, r Range) iter.Seq2[Entry[V], error]
+	all() iter.Seq2[Entry[V], error]
 	keys(kind string) ([]string, error)
 	count(kind string) (int, error)
 	revision() (int64, error)
 	// history yields every change after since, and ErrCompacted at a gap.
-	history(since int64) iter.Seq2[change[V], error]
+	history(since int64) iter.Seq2[Event[V], error]
 }
 
 // transaction is a snapshot that can be changed. A write takes the next
@@ -385,7 +375,7 @@ type snapshot[V any] interface {
 type transaction[V any] interface {
 	snapshot[V]
 	put(kind, key string, value V, version int64) (revision int64, err error)
-	remove(old *row[V]) error
+	remove(old *Entry[V]) error
 }
 
 // engine is what differs between the stores.
@@ -401,7 +391,7 @@ type engine[V any] interface {
 	// tail hands the changes after since to publish, until stop closes or
 	// publish returns false. It calls lost when those up to a revision can't
 	// be had. An engine without a tail publishes in write.
-	tail(since int64, stop <-chan struct{}, publish func([]change[V]) bool, lost func(since, upTo int64, err error))
+	tail(since int64, stop <-chan struct{}, publish func([]Event[V]) bool, lost func(since, upTo int64, err error))
 	close() error
 }
 
@@ -411,7 +401,6 @@ type core[T, V any] struct {
 	engine  engine[V]
 	options StoreOptions[T]
 	nilable bool                    // T is a pointer type
-	plain   bool                    // decode runs no code of a caller's
 	encode  func(T) (V, error)      // runs the codec
 	decode  func(V) (T, error)      // runs the codec
 	equal   func(prev, next V) bool // without CompareFn
@@ -540,7 +529,7 @@ func (r reader[T, V]) GetEntry(kind, key string) (Entry[T], bool, error) {
 }
 
 func (r reader[T, V]) entry(at place) (e Entry[T], ok bool, err error) {
-	found, err := query(r, at, func(s snapshot[V]) (*row[V], error) { return s.get(at[1], at[2]) })
+	found, err := query(r, at, func(s snapshot[V]) (*Entry[V], error) { return s.get(at[1], at[2]) })
 	if err != nil || found == nil {
 		return e, false, err
 	}
@@ -549,7 +538,7 @@ func (r reader[T, V]) entry(at place) (e Entry[T], ok bool, err error) {
 }
 
 func (r reader[T, V]) List(kind string, filters ...FilterFunc[T]) (map[string]T, error) {
-	entries, err := r.entries(place{"list", kind}, func(s snapshot[V]) iter.Seq2[row[V], error] { return s.scan(kind, Range{}) })
+	entries, err := r.entries(place{"list", kind}, func(s snapshot[V]) iter.Seq2[Entry[V], error] { return s.scan(kind, Range{}) })
 	if err != nil {
 		return nil, err
 	}
@@ -568,7 +557,7 @@ func (r reader[T, V]) Keys(kind string) ([]string, error) {
 }
 
 func (r reader[T, V]) Values(kind string) ([]Entry[T], error) {
-	return r.entries(place{"values", kind}, func(s snapshot[V]) iter.Seq2[row[V], error] { return s.scan(kind, Range{}) })
+	return r.entries(place{"values", kind}, func(s snapshot[V]) iter.Seq2[Entry[V], error] { return s.scan(kind, Range{}) })
 }
 
 func (r reader[T, V]) Count(kind string) (int, error) {
@@ -593,8 +582,8 @@ func (r reader[T, V]) GetAll() (map[string]map[string]T, error) {
 func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		stopped := false
-		pick := func(s snapshot[V]) (iter.Seq2[row[V], error], error) { return s.scan(kind, rg), nil }
-		use := func(rows iter.Seq2[row[V], error]) error {
+		pick := func(s snapshot[V]) (iter.Seq2[Entry[V], error], error) { return s.scan(kind, rg), nil }
+		use := func(rows iter.Seq2[Entry[V], error]) error {
 			for found, err := range rows {
 				if err != nil {
 					return err
@@ -676,7 +665,7 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 			if err != nil {
 				return err
 			}
-			value, err := w.c.decode(old.value)
+			value, err := w.c.decode(old.Value)
 			if err != nil {
 				return err
 			}
@@ -730,7 +719,7 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 }
 
 func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
-	var old *row[V]
+	var old *Entry[V]
 	err = w.call(place{"delete", kind, key}, func() error {
 		return w.write(true, func(t transaction[V]) error {
 			if old, err = t.get(kind, key); err != nil || old == nil {
@@ -742,7 +731,7 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 	if err != nil || old == nil {
 		return false, prev, err
 	}
-	if value, err := w.c.decode(old.value); err == nil {
+	if value, err := w.c.decode(old.Value); err == nil {
 		prev = value
 	}
 	return true, prev, nil
@@ -769,15 +758,15 @@ func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want 
 	}
 	result := SetUpdated
 	if old == nil {
-		result, old = SetCreated, &row[V]{}
+		result, old = SetCreated, &Entry[V]{}
 	}
-	if want != nil && *want != old.revision {
+	if want != nil && *want != old.Revision {
 		return SetUnchanged, 0, ErrConflict
 	}
-	if result == SetUpdated && c.same(old.value, value, v) {
-		return SetUnchanged, old.revision, nil
+	if result == SetUpdated && c.same(old.Value, value, v) {
+		return SetUnchanged, old.Revision, nil
 	}
-	revision, err := t.put(kind, key, v, old.version+1)
+	revision, err := t.put(kind, key, v, old.Version+1)
 	return result, revision, err
 }
 
@@ -791,17 +780,17 @@ func (c *core[T, V]) same(prev V, next T, encoded V) bool {
 }
 
 // entryOf decodes a row. With an error it is the entry without its value.
-func (c *core[T, V]) entryOf(op string, r *row[V]) (Entry[T], error) {
-	value, err := c.decode(r.value)
+func (c *core[T, V]) entryOf(op string, r *Entry[V]) (Entry[T], error) {
+	value, err := c.decode(r.Value)
 	if err != nil {
-		err = place{op, r.kind, r.key}.fail(err)
+		err = place{op, r.Kind, r.Key}.fail(err)
 	}
-	return Entry[T]{r.kind, r.key, value, r.version, r.revision, r.updatedAt}, err
+	return Entry[T]{r.Kind, r.Key, value, r.Version, r.Revision, r.UpdatedAt}, err
 }
 
 // entries decodes what pick selects, after giving back what reading it took.
-func (r reader[T, V]) entries(at place, pick func(snapshot[V]) iter.Seq2[row[V], error]) ([]Entry[T], error) {
-	rows, err := query(r, at, func(s snapshot[V]) ([]row[V], error) { return collect(pick(s)) })
+func (r reader[T, V]) entries(at place, pick func(snapshot[V]) iter.Seq2[Entry[V], error]) ([]Entry[T], error) {
+	rows, err := query(r, at, func(s snapshot[V]) ([]Entry[V], error) { return collect(pick(s)) })
 	if err != nil {
 		return nil, err
 	}
