@@ -88,50 +88,31 @@ const (
 	INSERT INTO zestor_log SELECT n, 0, 'upgrade', 0, '', '', x'' FROM (SELECT count(*) AS n FROM zestor_kv) WHERE n > 0`
 )
 
-// sizeOf is how much of HistoryBytes a change takes.
-func sizeOf(kind, key string, value []byte) int64 {
-	return int64(len(kind) + len(key) + len(value) + 64)
-}
-
 const (
-	// maxSize is what SQLite stores in one row, less what a row needs besides
-	// kind, key and value. Source: sqlite.org/limits.html, item 1.
-	maxSize = 1_000_000_000 - 1024
+	maxSize      = 1_000_000_000 - 1024  // of kind, key and value; sqlite.org/limits.html, item 1
+	readers      = 4                     // connections for short reads; more starve the writer on a small machine
+	pollInterval = 12 * time.Millisecond // at which a watched store looks for the commits of other processes
+	groupBytes   = 1 << 20               // ends a shared transaction
+	maxWAL       = 8 << 20               // see limitWAL
 
-	// readers is how many connections serve short reads. More starve the
-	// writer on a small machine.
-	readers = 4
-
-	// pollInterval is how often a watched store looks for the commits of
-	// other processes. Its own wake it at once.
-	pollInterval = 12 * time.Millisecond
-
-	// lockPoll is how long SQLite itself waits for a lock. It backs off to
-	// 100 ms between tries, at which a busy file starves it; so it gets little
-	// time, and is asked again until BusyTimeout is over.
+	// SQLite backs off to 100 ms between tries for a lock, and so finds a busy
+	// file never free. It gets this little time, and is asked again until
+	// BusyTimeout is over.
 	lockPoll = 10 * time.Millisecond
-
-	// groupBytes ends a shared transaction.
-	groupBytes = 1 << 20
-
-	// maxWAL is the size at which the writer waits for readers to let go of
-	// the write-ahead log. SQLite reuses it from the start only when nobody
-	// reads it, which overlapping readers never allow.
-	maxWAL = 8 << 20
 )
 
 // SQLiteOptions are the options of a SQLite store. Only DSN is required.
 type SQLiteOptions[T any] struct {
 	StoreOptions[T]
 
-	// DSN is a path, taken literally; or a URI "file:path?parameters", with
-	// %-escapes in the path; or ":memory:" for a private store that ends with
-	// Close. The parameters are mode (ro, rw, rwc), immutable, _synchronous
-	// or _sync (SQLite's levels, default FULL), and _busy_timeout or _timeout
-	// in milliseconds; cache is ignored; any other is an error.
+	// DSN is a path, taken literally; or a URI "file:path?parameters" with
+	// %-escapes; or ":memory:" for a private store that ends with Close. The
+	// parameters are mode (ro, rw, rwc), immutable, _synchronous or _sync
+	// (SQLite's levels; FULL if absent), and _busy_timeout or _timeout in
+	// milliseconds; cache is ignored; any other is an error.
 	//
-	// With mode=ro the file must exist and be a Zestor file. A write that
-	// would change it fails.
+	// With mode=ro the file must be a Zestor file of this version. A write
+	// that would change it fails.
 	DSN string
 
 	// Codec encodes values; nil means JSON.
@@ -143,20 +124,19 @@ type SQLiteOptions[T any] struct {
 
 	// DisableWAL gives a new file SQLite's rollback journal, in which readers
 	// and writers wait for each other. An existing file keeps its mode.
-	// Without it a file is put into WAL mode if it can be.
+	// Without it, a file that is not in WAL mode is put there if possible.
 	DisableWAL bool
 
 	// HistoryBytes is how much of the newest changes the file keeps for
-	// watchers: keys, kinds, values, and 64 bytes a change. 0 means 16 MiB;
-	// negative is an error. With different limits on one file the smallest
-	// wins. The newest change is always kept.
+	// watchers: kinds, keys, values, and 64 bytes a change. The newest is
+	// always kept; with different limits on one file the smallest wins. 0
+	// means 16 MiB; negative is an error.
 	HistoryBytes int64
 }
 
 // NewSQLiteStore opens the store in a SQLite file, and makes one of an absent
-// or empty file. A file of the multi-package Zestor is upgraded. A file that
-// is no database, a database that is no Zestor file, and one that a newer
-// Zestor wrote are errors that name the path, and left as they are.
+// or empty file. A file of the multi-package Zestor is upgraded. Any other, and
+// one that a newer Zestor wrote, is an error that names it, and left as it is.
 //
 // Several processes, and several stores of different types that keep to their
 // own kinds, may have one file open. The package must be built with cgo.
@@ -174,7 +154,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 
 // dsn is a parsed DSN.
 type dsn struct {
-	path        string // absolute; "" is ":memory:"
+	path        string // absolute, since the program may change its directory; "" is ":memory:"
 	mode        string
 	immutable   bool
 	synchronous string
@@ -183,67 +163,57 @@ type dsn struct {
 
 func parseDSN(text string) (d dsn, err error) {
 	d = dsn{mode: "rwc", synchronous: "FULL", busyTimeout: 5 * time.Second}
-	path, query := text, ""
-	if uri, ok := strings.CutPrefix(text, "file:"); ok {
-		uri, _, _ = strings.Cut(uri, "#")
-		path, query, _ = strings.Cut(uri, "?")
-		if host, ok := strings.CutPrefix(path, "//"); ok {
-			host, path, _ = strings.Cut(host, "/")
-			path = "/" + path
-			if host != "" && host != "localhost" {
-				return d, fmt.Errorf("a file: URI can't name the host %q", host)
-			}
-		}
-		if path, err = url.PathUnescape(path); err != nil {
+	u := &url.URL{Path: text}
+	if strings.HasPrefix(text, "file:") {
+		if u, err = url.Parse(text); err != nil {
 			return d, err
+		}
+		if u.Host != "" && u.Host != "localhost" {
+			return d, fmt.Errorf("a file: URI can't name the host %q", u.Host)
+		}
+		if u.Opaque != "" {
+			u.Path, err = url.PathUnescape(u.Opaque)
 		}
 	} else if strings.Contains(text, "?") {
-		return d, fmt.Errorf("a path with a ? is ambiguous: write file:%s for parameters, or file:%s for that very name", text, escapePath(text))
+		err = fmt.Errorf("a path with a ? is ambiguous: write file:%s for parameters, or file:%s for that very name", text, u.EscapedPath())
 	}
-	params, err := url.ParseQuery(query)
-	if err != nil {
-		return d, err
+	params, bad := url.ParseQuery(u.RawQuery)
+	if err == nil {
+		err = bad
 	}
 	for name, values := range params {
-		if err := d.set(name, values[len(values)-1]); err != nil {
-			return d, err
+		value, ok := values[len(values)-1], true
+		switch name {
+		case "mode":
+			d.mode = value
+			ok = value == "ro" || value == "rw" || value == "rwc"
+		case "immutable":
+			d.immutable, bad = strconv.ParseBool(value)
+			ok = bad == nil
+		case "_synchronous", "_sync":
+			d.synchronous = strings.ToUpper(value)
+			ok = slices.Contains([]string{"0", "OFF", "1", "NORMAL", "2", "FULL", "3", "EXTRA"}, d.synchronous)
+		case "_busy_timeout", "_timeout":
+			ms, bad := strconv.ParseUint(value, 10, 31)
+			d.busyTimeout, ok = time.Duration(ms)*time.Millisecond, bad == nil
+		case "cache": // shared, it would only bring "table is locked"
+		default:
+			return d, fmt.Errorf("unknown parameter %q", name)
+		}
+		if !ok {
+			return d, fmt.Errorf("parameter %s can't be %q", name, value)
 		}
 	}
 	switch {
-	case path == "":
-		return d, errors.New("DSN required: a path, a file: URI, or :memory:")
-	case strings.Contains(path, "\x00"):
-		return d, errors.New("a NUL byte in the path")
-	case path == ":memory:":
-		return d, nil
-	}
-	d.path, err = filepath.Abs(path) // the program may change its directory
-	return d, err
-}
-
-func (d *dsn) set(name, value string) (err error) {
-	ok := true
-	switch name {
-	case "mode":
-		d.mode = value
-		ok = value == "ro" || value == "rw" || value == "rwc"
-	case "immutable":
-		d.immutable, err = strconv.ParseBool(value)
-	case "_synchronous", "_sync":
-		d.synchronous = strings.ToUpper(value)
-		ok = slices.Contains([]string{"0", "OFF", "1", "NORMAL", "2", "FULL", "3", "EXTRA"}, d.synchronous)
-	case "_busy_timeout", "_timeout":
-		var ms int64
-		ms, err = strconv.ParseInt(value, 10, 32)
-		d.busyTimeout, ok = time.Duration(ms)*time.Millisecond, ms >= 0
-	case "cache": // shared, it would only bring "table is locked"
+	case err != nil || u.Path == ":memory:":
+	case u.Path == "":
+		err = errors.New("DSN required: a path, a file: URI, or :memory:")
+	case strings.Contains(u.Path, "\x00"):
+		err = errors.New("a NUL byte in the path")
 	default:
-		return fmt.Errorf("unknown parameter %q", name)
+		d.path, err = filepath.Abs(u.Path)
 	}
-	if err != nil || !ok {
-		return fmt.Errorf("parameter %s can't be %q", name, value)
-	}
-	return nil
+	return d, err
 }
 
 func (d *dsn) private() bool  { return d.path == "" }
@@ -260,10 +230,8 @@ func (d *dsn) uri() string {
 	if !strings.HasPrefix(path, "/") {
 		path = "/" + path // C:/...
 	}
-	return fmt.Sprintf("file://%s%s&mode=%s&immutable=%t", escapePath(path), params, d.mode, d.immutable)
+	return fmt.Sprintf("file://%s%s&mode=%s&immutable=%t", (&url.URL{Path: path}).EscapedPath(), params, d.mode, d.immutable)
 }
-
-func escapePath(path string) string { return (&url.URL{Path: path}).EscapedPath() }
 
 // sqliteEngine keeps encoded values in a SQLite file.
 //
@@ -280,13 +248,12 @@ type sqliteEngine struct {
 	gate         sync.RWMutex
 
 	mu      sync.Mutex
-	idle    []*conn    // protected by mu; for reading
+	idle    []*conn    // protected by mu
 	waiting []*request // protected by mu; writes that may share a transaction
 
-	writer   *conn // whose turn it is uses it; nil until the first write
-	oldest   int64 // the same; position of the log's oldest row as far as known, or -1
-	grown    int64 // the same; what may have gone into the WAL since its size was looked at
-	walLimit int64 // the same; the size at which to wait for readers
+	oldest   int64 // for whose turn it is: position of the log's oldest row as far as known, or -1
+	grown    int64 // the same: what may have gone into the WAL since its size was looked at
+	walLimit int64 // the same: the size at which to empty it
 }
 
 func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
@@ -308,31 +275,27 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := s.prepare(c, disableWAL); err != nil {
+	s.idle = []*conn{c}
+	if !s.dsn.private() {
+		s.file, err = os.Stat(s.dsn.path)
+	}
+	if err == nil {
+		err = s.prepare(c, disableWAL)
+	}
+	if err != nil {
 		c.close()
-		return err
 	}
-	if s.dsn.private() {
-		s.writer = c
-	} else {
-		s.idle = []*conn{c}
-		s.dsn.mode = strings.TrimSuffix(s.dsn.mode, "c") // the file is there now
-	}
-	return nil
+	s.dsn.mode = strings.TrimSuffix(s.dsn.mode, "c") // the file is there now
+	return err
 }
 
 // prepare sees to it that the file has the schema.
-func (s *sqliteEngine) prepare(c *conn, disableWAL bool) (err error) {
-	if !s.dsn.private() {
-		if s.file, err = os.Stat(s.dsn.path); err != nil {
-			return err
-		}
-	}
+func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 	script, err := c.inspect()
+	if err == nil && script != "" && s.dsn.readOnly() {
+		err = errors.New("not a Zestor file of this version: it would have to be made or upgraded, and is opened read-only")
+	}
 	if err == nil && script != "" {
-		if s.dsn.readOnly() {
-			return errors.New("not a Zestor file of this version, and opened read-only it can't be made or upgraded to one")
-		}
 		err = c.transaction("BEGIN IMMEDIATE", func() error {
 			script, err := c.inspect() // another process may have been faster
 			if err == nil && script != "" {
@@ -395,7 +358,7 @@ type conn struct {
 	stmts       map[string]*stmt
 	cursors     int   // rows being read
 	broken      bool  // not to be used again
-	err         error // the first of SQLite's since the connection was borrowed: nothing is run after it
+	err         error // SQLite's first since the connection was borrowed; nothing is run after it
 
 	newest int64 // revision of the newest change
 	end    int64 // of the log, in bytes
@@ -404,7 +367,6 @@ type conn struct {
 
 type stmt struct {
 	driver.Stmt
-	args []driver.NamedValue
 	row  []driver.Value
 	busy bool
 }
@@ -443,32 +405,26 @@ func (s *sqliteEngine) moved() error {
 	return nil
 }
 
-// retry repeats what fails because of another connection's lock.
+// retry repeats what fails with SQLITE_BUSY or SQLITE_PROTOCOL, because of
+// another connection's lock.
 func (c *conn) retry(fn func() error) error {
-	var start time.Time
-	for {
+	for start := time.Now().Add(-lockPoll); ; {
 		err := fn()
-		if err == nil || !isBusy(err) {
+		if err == nil {
+			return nil
+		}
+		// The driver's type for errors does not exist without cgo.
+		v := reflect.Indirect(reflect.ValueOf(err))
+		if v.Kind() != reflect.Struct || !v.FieldByName("Code").CanInt() {
 			return err
 		}
-		if start.IsZero() {
-			start = time.Now().Add(-lockPoll)
+		if code := v.FieldByName("Code").Int(); code != 5 && code != 15 {
+			return err
 		}
 		if time.Since(start) >= c.busyTimeout {
 			return fmt.Errorf("another process kept the file locked, for longer than the BusyTimeout of %v: %w", c.busyTimeout, err)
 		}
 	}
-}
-
-// isBusy knows SQLITE_BUSY and SQLITE_PROTOCOL. The driver's type for errors
-// does not exist without cgo.
-func isBusy(err error) bool {
-	v := reflect.ValueOf(err)
-	if v.Kind() != reflect.Struct || !v.FieldByName("Code").CanInt() {
-		return false
-	}
-	code := v.FieldByName("Code").Int()
-	return code == 5 || code == 15
 }
 
 // rows runs a statement and yields its rows; c.err says afterwards whether
@@ -490,16 +446,16 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 				defer st.Close() // a scan inside another
 			}
 		}
-		st.args = st.args[:0]
+		named, large := make([]driver.NamedValue, len(args)), 0
 		for i, arg := range args {
-			st.args = append(st.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
+			named[i] = driver.NamedValue{Ordinal: i + 1, Value: arg}
+			large += len(asBytes(arg)) + len(asText(arg))
 		}
 		var rows driver.Rows
 		c.err = c.retry(func() (err error) {
-			rows, err = st.Stmt.(driver.StmtQueryContext).QueryContext(context.Background(), st.args)
+			rows, err = st.Stmt.(driver.StmtQueryContext).QueryContext(context.Background(), named)
 			return err
 		})
-		clear(st.args)
 		if c.err != nil {
 			return
 		}
@@ -508,19 +464,20 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 		defer func() {
 			rows.Close()
 			c.cursors--
-			st.busy = false
+			if st.busy = false; large > groupBytes && c.stmts[sql] == st {
+				st.Close() // it keeps a copy of its arguments
+				delete(c.stmts, sql)
+			}
 		}()
 		if st.row == nil {
 			st.row = make([]driver.Value, len(rows.Columns()))
 		}
 		for {
-			if err := rows.Next(st.row); err != nil {
-				if err != io.EOF {
-					c.err = err
-				}
-				return
+			err := rows.Next(st.row)
+			if err != nil && err != io.EOF {
+				c.err = err
 			}
-			if !yield(st.row) {
+			if err != nil || !yield(st.row) {
 				return
 			}
 		}
@@ -531,13 +488,6 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 func (c *conn) exec(sql string, args ...driver.Value) (last []driver.Value) {
 	for v := range c.rows(sql, args...) {
 		last = v
-	}
-	for _, arg := range args {
-		// The driver keeps a copy of the arguments as long as the statement.
-		if st := c.stmts[sql]; st != nil && len(asBytes(arg))+len(asText(arg)) > groupBytes {
-			st.Close()
-			delete(c.stmts, sql)
-		}
 	}
 	return last
 }
@@ -577,15 +527,14 @@ func asInt(v driver.Value) int64    { n, _ := v.(int64); return n }
 func asText(v driver.Value) string  { text, _ := v.(string); return text }
 func asBytes(v driver.Value) []byte { data, _ := v.([]byte); return data }
 
-// borrow lends fn a connection for reading.
-func (s *sqliteEngine) borrow(fn func(*conn) error) (err error) {
+// borrow lends fn a connection, to write if it is fn's turn.
+func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	switch {
-	case s.dsn.private():
+	case s.wal:
+	case write || s.dsn.private():
 		s.gate.Lock()
 		defer s.gate.Unlock()
-		s.writer.err = nil
-		return fn(s.writer)
-	case !s.wal:
+	default:
 		s.gate.RLock()
 		defer s.gate.RUnlock()
 	}
@@ -602,13 +551,11 @@ func (s *sqliteEngine) borrow(fn func(*conn) error) (err error) {
 	}
 	defer func() {
 		s.mu.Lock()
+		defer s.mu.Unlock()
 		// Nobody else may use what an iterator that outlived its View reads.
-		keep := len(s.idle) < readers && c.cursors == 0 && !c.broken
-		if keep {
+		if s.dsn.private() || len(s.idle) <= readers && c.cursors == 0 && !c.broken {
 			s.idle = append(s.idle, c)
-		}
-		s.mu.Unlock()
-		if !keep {
+		} else {
 			c.close()
 		}
 	}()
@@ -619,12 +566,12 @@ func (s *sqliteEngine) borrow(fn func(*conn) error) (err error) {
 func (s *sqliteEngine) read(fn func(snapshot[[]byte]) error) error {
 	s.slots <- struct{}{}
 	defer func() { <-s.slots }()
-	return s.borrow(func(c *conn) error { return fn(c) })
+	return s.borrow(false, func(c *conn) error { return fn(c) })
 }
 
 // view needs no slot, since it may last, and others may begin inside.
 func (s *sqliteEngine) view(fn func(snapshot[[]byte]) error) error {
-	return s.borrow(func(c *conn) error {
+	return s.borrow(false, func(c *conn) error {
 		return c.transaction("BEGIN", func() error {
 			if _, err := c.revision(); err != nil { // the first read takes the snapshot
 				return err
@@ -636,21 +583,21 @@ func (s *sqliteEngine) view(fn func(snapshot[[]byte]) error) error {
 
 func (s *sqliteEngine) streams() bool { return s.wal }
 
-func (c *conn) get(kind, key string) (*Entry[[]byte], error) {
-	v := c.exec(`SELECT CAST(value AS BLOB), version, revision, updated_at FROM zestor_kv WHERE kind = ? AND key = ?`, kind, key)
-	if v == nil {
-		return nil, c.err
+const selectEntry = `SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv `
+
+func entryOf(v []driver.Value) *Entry[[]byte] {
+	e := &Entry[[]byte]{asText(v[4]), asText(v[5]), asBytes(v[0]), asInt(v[1]), asInt(v[2]), time.Time{}}
+	if at, err := time.Parse(time.RFC3339Nano, asText(v[3])); err == nil {
+		e.UpdatedAt = at.UTC().Truncate(time.Millisecond)
 	}
-	r := rowOf(kind, key, v)
-	return &r, nil
+	return e
 }
 
-func rowOf(kind, key string, v []driver.Value) Entry[[]byte] {
-	r := Entry[[]byte]{kind, key, asBytes(v[0]), asInt(v[1]), asInt(v[2]), time.Time{}}
-	if at, err := time.Parse(time.RFC3339Nano, asText(v[3])); err == nil {
-		r.UpdatedAt = at.UTC().Truncate(time.Millisecond)
+func (c *conn) get(kind, key string) (*Entry[[]byte], error) {
+	if v := c.exec(selectEntry+`WHERE kind = ? AND key = ?`, kind, key); v != nil {
+		return entryOf(v), nil
 	}
-	return r
+	return nil, c.err
 }
 
 func (c *conn) scan(kind string, r Range) iter.Seq2[Entry[[]byte], error] {
@@ -659,26 +606,22 @@ func (c *conn) scan(kind string, r Range) iter.Seq2[Entry[[]byte], error] {
 	if !bounded {
 		to = []byte{} // SQLite sorts every blob behind every text
 	}
-	sql := `SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv
-		WHERE kind = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?`
-	if r.Descending {
-		sql = `SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv
-		WHERE kind = ? AND key >= ? AND key < ? ORDER BY key DESC LIMIT ?`
-	}
 	if r.Limit == 0 {
 		r.Limit = -1
+	}
+	sql := selectEntry + `WHERE kind = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?`
+	if r.Descending {
+		sql = selectEntry + `WHERE kind = ? AND key >= ? AND key < ? ORDER BY key DESC LIMIT ?`
 	}
 	return c.entries(sql, kind, lo, to, int64(r.Limit))
 }
 
-func (c *conn) all() iter.Seq2[Entry[[]byte], error] {
-	return c.entries(`SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv`)
-}
+func (c *conn) all() iter.Seq2[Entry[[]byte], error] { return c.entries(selectEntry) }
 
 func (c *conn) entries(sql string, args ...driver.Value) iter.Seq2[Entry[[]byte], error] {
 	return func(yield func(Entry[[]byte], error) bool) {
 		for v := range c.rows(sql, args...) {
-			if !yield(rowOf(asText(v[4]), asText(v[5]), v), nil) {
+			if !yield(*entryOf(v), nil) {
 				return
 			}
 		}
@@ -723,11 +666,9 @@ func (c *conn) history(since int64) iter.Seq2[Event[[]byte], error] {
 	return func(yield func(Event[[]byte], error) bool) {
 		for v := range c.rows(`SELECT value, version, revision, NULL, kind, key, type FROM zestor_log
 			WHERE revision > ? ORDER BY revision`, since) {
-			e := rowOf(asText(v[4]), asText(v[5]), v)
-			ch := *e.event(EventType(asText(v[6])))
-			since++
+			ch := *entryOf(v).event(EventType(asText(v[6])))
 			var err error
-			if ch.Revision != since {
+			if since++; ch.Revision != since {
 				err = gapError(ch.Revision - 1)
 			} else if ch.Type != EventCreate && ch.Type != EventUpdate && ch.Type != EventDelete {
 				err = gapError(ch.Revision)
@@ -743,31 +684,28 @@ func (c *conn) history(since int64) iter.Seq2[Event[[]byte], error] {
 }
 
 func (c *conn) put(kind, key string, value []byte, version int64) (int64, error) {
-	size := sizeOf(kind, key, value)
-	if size > maxSize {
+	if size := len(kind) + len(key) + len(value); size > maxSize {
 		return 0, fmt.Errorf("too big: %d bytes, where SQLite takes at most %d", size, maxSize)
 	}
 	sql := `UPDATE zestor_kv SET value = ?3, version = ?4, updated_at = ?5, revision = ?6 WHERE kind = ?1 AND key = ?2`
 	if version == 1 {
 		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ?)`
 	}
-	now := time.Now().UTC().Format("2006-01-02T15:04:05.000Z")
-	c.exec(sql, kind, key, value, version, now, c.newest+1)
-	c.logged(size)
-	return c.newest, c.err
+	return c.write(kind, key, value, sql, kind, key, value, version, time.Now().UTC().Format("2006-01-02T15:04:05.000Z"), c.newest+1)
 }
 
 func (c *conn) remove(old *Entry[[]byte]) error {
-	c.exec(`DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
-	c.logged(sizeOf(old.Kind, old.Key, old.Value))
-	return c.err
+	_, err := c.write(old.Kind, old.Key, old.Value, `DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
+	return err
 }
 
-// logged counts what a trigger has logged.
-func (c *conn) logged(size int64) {
+// write runs a statement, and counts what a trigger logs of it.
+func (c *conn) write(kind, key string, value []byte, sql string, args ...driver.Value) (int64, error) {
+	c.exec(sql, args...)
 	c.newest++
-	c.end += size
+	c.end += int64(len(kind) + len(key) + len(value) + 64) // as logSize does
 	c.wrote++
+	return c.newest, c.err
 }
 
 // A request is a write that may share a transaction with others.
@@ -838,51 +776,35 @@ func (s *sqliteEngine) group() {
 }
 
 // transact is the one way to write. It is for whose turn it is.
-func (s *sqliteEngine) transact(fn func(*conn) error) (err error) {
-	if !s.wal {
-		s.gate.Lock()
-		defer s.gate.Unlock()
-	}
+func (s *sqliteEngine) transact(fn func(*conn) error) error {
 	if err := s.moved(); err != nil {
 		return err
 	}
-	if s.writer == nil {
-		if s.writer, err = s.connect(); err != nil {
-			return err
-		}
-	}
-	c := s.writer
-	c.err = nil
-	defer func() {
-		if c.broken && !s.dsn.private() {
-			c.close()
-			s.writer = nil
-		}
-	}()
 	begin := "BEGIN IMMEDIATE"
 	if s.dsn.readOnly() {
 		begin = "BEGIN" // a write that changes nothing needs no more
 	}
-	err = c.transaction(begin, func() error {
-		if _, err := c.revision(); err != nil {
-			return err
+	return s.borrow(true, func(c *conn) error {
+		err := c.transaction(begin, func() error {
+			if _, err := c.revision(); err != nil {
+				return err
+			}
+			s.grown += 16<<10 - 2*c.end // a commit writes whole pages, and every change twice
+			if err := fn(c); err != nil {
+				return err
+			}
+			s.grown += 2 * c.end
+			s.trim(c)
+			return c.err
+		})
+		if err != nil {
+			s.oldest, s.grown = -1, maxWAL // whatever it was
+		} else if c.wrote > 0 {
+			s.signal()
+			s.limitWAL(c)
 		}
-		s.grown += 16<<10 - 2*c.end // a commit writes whole pages, and every change twice
-		if err := fn(c); err != nil {
-			return err
-		}
-		s.grown += 2 * c.end
-		s.trim(c)
-		return c.err
+		return err
 	})
-	switch {
-	case err != nil:
-		s.oldest, s.grown = -1, maxWAL
-	case c.wrote > 0:
-		s.signal()
-		s.limitWAL(c)
-	}
-	return err
 }
 
 // trim cuts the log to the newest changes that fit historyBytes. When it has
@@ -912,25 +834,28 @@ func (s *sqliteEngine) trim(c *conn) {
 
 // limitWAL empties the write-ahead log when it has become long. SQLite starts
 // it anew only at a moment when nobody reads from it, which overlapping
-// readers never leave; so the writer keeps others from writing until the last
-// of them has gone. If that takes too long the log may grow some more.
+// readers never leave; so this keeps others from writing until the last of
+// them has gone. If that takes too long, the log may grow some more.
 func (s *sqliteEngine) limitWAL(c *conn) {
+	size := func() int64 {
+		if file, err := os.Stat(s.dsn.path + "-wal"); err == nil {
+			return file.Size()
+		}
+		return 0
+	}
 	if s.grown < maxWAL/16 || !s.wal {
 		return
 	}
 	s.grown = 0
-	file, err := os.Stat(s.dsn.path + "-wal")
-	if err != nil || file.Size() < s.walLimit {
-		return
+	if size() >= s.walLimit {
+		c.exec(`PRAGMA busy_timeout = 2500`)
+		c.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
+		c.err = nil // the commit has succeeded
+		c.exec(`PRAGMA busy_timeout = 10`)
+		if s.walLimit = maxWAL; size() >= maxWAL {
+			s.walLimit = size() + maxWAL/2
+		}
 	}
-	c.exec(`PRAGMA busy_timeout = 2500`)
-	c.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
-	c.err = nil
-	s.walLimit = maxWAL
-	if file, err = os.Stat(s.dsn.path + "-wal"); err == nil && file.Size() >= maxWAL {
-		s.walLimit = file.Size() + maxWAL/2
-	}
-	c.exec(`PRAGMA busy_timeout = 10`)
 }
 
 // tail reads the log, at once after a commit of this store, and every
@@ -944,20 +869,36 @@ func (s *sqliteEngine) tail(since int64, stop <-chan struct{}, publish func([]Ev
 		poll = ticker.C
 	}
 	for {
-		changes, err := s.changes(since)
-		var gap gapError
-		switch {
-		case len(changes) > 0:
+		var changes []Event[[]byte]
+		size, err := 0, s.moved()
+		if err == nil {
+			err = s.borrow(false, func(c *conn) error {
+				for ch, err := range c.history(since) {
+					changes = append(changes, ch)
+					if size += len(ch.Value); err != nil || len(changes) == 256 || size > groupBytes {
+						return err
+					}
+				}
+				return nil
+			})
+		}
+		if err != nil && len(changes) > 0 {
+			changes = changes[:len(changes)-1] // what came with it
+		}
+		if len(changes) > 0 {
 			since = changes[len(changes)-1].Revision
 			if !publish(changes) {
 				return
 			}
 			continue
-		case errors.As(err, &gap):
+		}
+		var gap gapError
+		if errors.As(err, &gap) {
 			lost(since, int64(gap), err)
 			since = int64(gap)
 			continue
-		case err != nil:
+		}
+		if err != nil {
 			lost(since, math.MaxInt64, err)
 		}
 		select {
@@ -969,27 +910,6 @@ func (s *sqliteEngine) tail(since int64, stop <-chan struct{}, publish func([]Ev
 	}
 }
 
-// changes reads some of the log, or the error that comes first.
-func (s *sqliteEngine) changes(since int64) (changes []Event[[]byte], err error) {
-	if err := s.moved(); err != nil {
-		return nil, err
-	}
-	size := 0
-	err = s.borrow(func(c *conn) error {
-		for ch, err := range c.history(since) {
-			if err != nil {
-				return err
-			}
-			changes = append(changes, ch)
-			if size += len(ch.Value); len(changes) == 256 || size > groupBytes {
-				break
-			}
-		}
-		return nil
-	})
-	return changes, err
-}
-
 func (s *sqliteEngine) signal() {
 	select {
 	case s.wake <- struct{}{}:
@@ -997,13 +917,9 @@ func (s *sqliteEngine) signal() {
 	}
 }
 
-func (s *sqliteEngine) close() error {
-	if s.writer != nil {
-		s.idle = append(s.idle, s.writer)
-	}
-	var errs []error
+func (s *sqliteEngine) close() (err error) {
 	for _, c := range s.idle {
-		errs = append(errs, c.close())
+		err = errors.Join(err, c.close())
 	}
-	return errors.Join(errs...)
+	return err
 }
