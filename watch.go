@@ -48,29 +48,25 @@ type Event[T any] struct {
 type WatchOption func(*watchOptions)
 
 // DefaultWatchBufferSize is how many undelivered changes a watch may hold
-// unless WithBufferSize says otherwise. It is a limit and not an allocation.
+// unless WithBufferSize says otherwise: a limit, not an allocation.
 const DefaultWatchBufferSize = 65536
 
 // WithInitialReplay first sends every current entry, as creates in key order
 // with the entry's own version and revision, and then an EventSynced.
-func WithInitialReplay() WatchOption {
-	return func(o *watchOptions) { o.initial = true }
-}
+func WithInitialReplay() WatchOption { return func(o *watchOptions) { o.initial = true } }
 
 // WithSince first sends every change after a revision, in order, and then an
-// EventSynced. A SQLite file keeps the newest changes, also across restarts,
-// see SQLiteOptions.HistoryBytes; the memory store keeps none, so there only
-// the newest revision will do. One that the history does not reach from, too
-// old or beyond the newest, is ErrCompacted; a negative one is another error.
-// It can't be combined with WithInitialReplay.
+// EventSynced. A SQLite file keeps the newest changes, across restarts too, see
+// SQLiteOptions.HistoryBytes; the memory store keeps none, so there only the
+// newest revision will do. One that the history does not reach from, too old
+// or beyond the newest, is ErrCompacted; a negative one is another error, and
+// so is WithInitialReplay beside it.
 func WithSince(revision int64) WatchOption {
 	return func(o *watchOptions) { o.resume, o.since = true, revision }
 }
 
 // WithPrefix leaves only keys that start with it.
-func WithPrefix(prefix string) WatchOption {
-	return func(o *watchOptions) { o.prefix = prefix }
-}
+func WithPrefix(prefix string) WatchOption { return func(o *watchOptions) { o.prefix = prefix } }
 
 // WithEventTypes leaves only these of create, update and delete; any other is
 // an error. The entries of an initial replay are creates.
@@ -81,17 +77,14 @@ func WithEventTypes(types ...EventType) WatchOption {
 
 // WithBufferSize sets how many undelivered changes the watch may hold, at
 // least 1. Those that it filters out and those of its replay do not count.
-func WithBufferSize(n int) WatchOption {
-	return func(o *watchOptions) { o.limit = n }
-}
+func WithBufferSize(n int) WatchOption { return func(o *watchOptions) { o.limit = n } }
 
 type watchOptions struct {
-	initial, resume bool
-	since           int64
-	prefix          string
-	chosen          bool
-	types           []EventType
-	limit           int
+	initial, resume, chosen bool // whether WithInitialReplay, WithSince, WithEventTypes was given
+	since                   int64
+	prefix                  string
+	types                   []EventType
+	limit                   int
 }
 
 func (o *watchOptions) check() error {
@@ -128,6 +121,9 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
+		}
+		if w.complete = -1; w.resume {
+			w.complete = w.since
 		}
 		w.ch = make(chan Event[T], min(w.limit, 64))
 		started := make(chan error, 1)
@@ -168,7 +164,7 @@ func (c *core[T, V]) run(w *watch[T], started chan<- error) {
 	case !began:
 		started <- err
 	case !replayed:
-		w.fail(err, w.begin())
+		w.fail(err, w.complete)
 	case ok:
 		w.live()
 	}
@@ -202,7 +198,7 @@ func past[T, V any](w *watch[T], s snapshot[V]) (iter.Seq2[Event[V], error], err
 
 // replay sends the past, and says whether the watch is to go on.
 func (c *core[T, V]) replay(w *watch[T], rows iter.Seq2[Event[V], error]) bool {
-	complete := w.begin()
+	complete := w.complete
 	var some []Event[V]
 	flush := func() bool {
 		for _, ev := range c.events(some) {
@@ -369,19 +365,11 @@ type watch[T any] struct {
 	taken    int64       // protected by mu; changes that were ever in queue
 	asleep   bool        // protected by mu; live waits for a token
 	err      error       // protected by mu; set: nothing is taken any more
-	complete int64       // protected by mu; the last revision before err
+	complete int64       // protected by mu; the last revision before err, and at first that before a replay
 }
 
 func (w *watch[T]) wants(what EventType, kind, key string) bool {
 	return w.kind == kind && strings.HasPrefix(key, w.prefix) && (!w.chosen || slices.Contains(w.types, what))
-}
-
-// begin is the revision up to which a replay is complete before it begins.
-func (w *watch[T]) begin() int64 {
-	if w.resume {
-		return w.since
-	}
-	return -1
 }
 
 // offer queues a change, unless the watch holds too many.

@@ -15,28 +15,25 @@
 //
 // Values live in kinds (think tables). Inside a kind, a key names one value of
 // type T. Kinds and keys are any non-empty strings of bytes, and sort bytewise.
-// A kind exists while it has keys.
 //
 // # Versions and revisions
 //
 // A key's version counts the writes to it since it was last created, from 1.
 // The store's revision counts every committed change, deletes too, without
-// holes; it never repeats or goes back. A write that leaves a value equal to
-// what it was is no change: it takes no version and no revision, and sends no
-// event.
+// holes, and never goes back. A write that leaves a value equal to what it was
+// is no change: it takes neither, and sends no event.
 //
 // # Ownership
 //
-// Values are shared, not copied. What is given to a store, or received from
-// it, must not be modified afterwards, neither by the caller nor by the store.
+// Values are shared, not copied. A value given to a store, or received from
+// it, must not be modified.
 //
 // # Watching
 //
 // A watch delivers each change of a kind exactly once, in revision order,
-// after its commit, whoever made it: in a file also another process, or a
-// person with the sqlite3 shell. A watch that falls too far behind is told so
-// and ends; it never loses an event in silence, and no writer waits for it.
-// See [Watcher].
+// after its commit, whoever made it: for a file also another process, or a
+// person with the sqlite3 shell. One that falls too far behind is told so and
+// ends; it never loses an event in silence, and no writer waits for it.
 //
 // # Durability
 //
@@ -46,16 +43,16 @@
 //
 // # Callbacks
 //
-// The functions a caller hands in (for SetFn, Update and View, filters,
-// validators, comparers, codecs) may run while the store is locked. They must
-// not call the store: it would wait for itself. One that panics or calls
+// The functions that a caller hands in (for SetFn, Update and View, filters,
+// validators, comparers, codecs) may run while the store is locked and must
+// not call it: it would wait for itself. One that panics or calls
 // [runtime.Goexit] leaves the store unlocked, unchanged and usable.
 //
 // # Caveats
 //
-// A Scan or a replay that takes long keeps SQLite from reusing its write-ahead
-// log, which grows meanwhile. A write transaction waits for every other one.
-// A consumer that stops reading a channel should end its watch's context.
+// There is one writer at a time. A Scan, View or replay that takes long keeps
+// SQLite from reusing its write-ahead log, which grows meanwhile. Whoever
+// stops reading a watch's channel should end its context.
 package zestor
 
 import (
@@ -73,8 +70,8 @@ import (
 	"time"
 )
 
-// The errors that callers tell apart with [errors.Is]. Those that a method
-// returns come wrapped in the operation, kind and key they belong to.
+// The errors that callers tell apart with [errors.Is]. Methods return them
+// wrapped in the operation, kind and key.
 var (
 	// ErrClosed is returned by every call on a closed store.
 	ErrClosed = errors.New("zestor: store is closed")
@@ -87,86 +84,79 @@ var (
 	// ErrConflict is returned by SetIf when the entry is not at the revision
 	// that the caller saw.
 	ErrConflict = errors.New("zestor: revision conflict")
-	// ErrTxDone is returned by a transaction that is used after its View or
-	// Update has returned.
+	// ErrTxDone is returned by a tx after its View or Update has returned.
 	ErrTxDone = errors.New("zestor: transaction is done")
 	// ErrWatchOverflow ends a watch whose consumer fell too far behind.
 	ErrWatchOverflow = errors.New("zestor: watch overflow: consumer too slow")
-	// ErrCompacted says that the history that a watch needs is not there any
-	// more, or never was: start over with an initial replay.
+	// ErrCompacted is returned, or ends a watch, when the history that the
+	// watch needs is not there: start over with an initial replay.
 	ErrCompacted = errors.New("zestor: history compacted: start over")
 )
 
-// Reader reads. A [Store] is one, and so is a transaction; each call on a
-// store sees the newest committed state, each call in a transaction the
-// transaction's. An absent key is ok == false and never an error; an absent
-// kind is empty.
-//
-// A value that cannot be decoded, because another program or another type
-// wrote it, is an error that names its kind and key.
+// Reader reads: the newest committed state on a store, and a transaction's own
+// on its tx. An absent key is ok == false and never an error; an absent kind
+// is empty. A value that cannot be decoded, since another program or another
+// type wrote it, is an error that names its kind and key.
 type Reader[T any] interface {
 	// Get returns the value of a key, or the zero T and false.
 	Get(kind, key string) (value T, ok bool, err error)
 
-	// GetEntry returns a value with its version, revision and time. For a
-	// value that cannot be decoded it returns everything else, true, and the
-	// error.
+	// GetEntry returns a value with its version, revision and time. If the
+	// value cannot be decoded, the rest comes with true and the error.
 	GetEntry(kind, key string) (entry Entry[T], ok bool, err error)
 
-	// List returns the values that pass every filter, by key. Nil filters are
-	// skipped. The map is the caller's, and never nil without an error. One
-	// value that cannot be decoded makes it nil and the error.
+	// List returns the values that pass every filter, by key; nil filters are
+	// skipped. Without an error the map is not nil, and the caller's. A value
+	// that cannot be decoded fails List, Values and GetAll as a whole.
 	List(kind string, filters ...FilterFunc[T]) (map[string]T, error)
 
 	// Keys returns the keys of a kind, sorted.
 	Keys(kind string) ([]string, error)
 
-	// Values returns the entries of a kind, sorted by key. One that cannot be
-	// decoded makes the slice nil and the error.
+	// Values returns the entries of a kind, sorted by key.
 	Values(kind string) ([]Entry[T], error)
 
-	// Count returns how many keys a kind has. It takes time in proportion in
-	// SQLite.
+	// Count returns how many keys a kind has. SQLite has to count them.
 	Count(kind string) (int, error)
 
-	// GetAll returns all values by kind and key. Kinds without keys are not
-	// in it. It is for files whose kinds are all of type T.
+	// GetAll returns all values by kind and key, without kinds that have no
+	// keys. It is for files that hold only values of type T.
 	GetAll() (map[string]map[string]T, error)
 
-	// Scan iterates over the entries of a kind that r selects, sorted by key.
-	// Its snapshot is taken when the range starts, and taken again when it is
-	// ranged over again. The body may call the store (not Close) and scan
-	// again inside: the iteration goes on seeing the state at its start.
+	// Scan iterates over the entries of a kind that r selects, sorted by key,
+	// in one snapshot, taken when the range starts and anew when it is ranged
+	// over again. The body may call the store (not Close) and scan inside: it
+	// goes on seeing the state at its start.
 	//
 	// An entry whose value cannot be decoded comes with the error, and the
 	// iteration goes on. Any other error comes with a zero Entry and ends it.
 	//
 	// A SQLite file in WAL mode streams in constant memory, and so does View.
-	// In Update, in ":memory:", without WAL and in the memory store the rows
-	// are collected first.
+	// In Update, in ":memory:", without WAL and in the memory store what r
+	// selects is collected first.
 	Scan(kind string, r Range) iter.Seq2[Entry[T], error]
 
 	// Revision returns the number of the newest committed change, 0 for a new
-	// store. In Update it counts the transaction's own changes.
+	// store; in Update that of the transaction's own newest.
 	Revision() (int64, error)
 }
 
 // Writer writes. Every write checks, in this order: that the store is open,
 // the kind, the key, that the value is no nil pointer, the kind's validator,
-// the encoding, for SetIf the revision, and whether the value changes. With
-// any error nothing is written.
+// the encoding, for SetIf the revision, and whether the value changes. With an
+// error nothing is written.
 type Writer[T any] interface {
 	// Set stores a value and says whether that created, updated or changed
 	// nothing. A zero value under a new key is a create like any other.
 	Set(kind, key string, value T) (SetResult, error)
 
-	// SetFn replaces the value of an existing key with what fn returns for
-	// it; an absent key is [ErrKeyNotFound], an error of fn comes back
-	// wrapped. It reports whether that was a change.
+	// SetFn replaces the value of a key with what fn returns for it, and says
+	// whether that was a change. An absent key is [ErrKeyNotFound]; an error
+	// of fn comes back wrapped.
 	//
-	// fn must return a new value and leave what it is given alone. In the
-	// memory store a pointer or map that fn changes in place is its own
-	// previous value: it compares equal, and no event is sent.
+	// fn must return a new value and leave what it is given alone: in memory,
+	// a pointer or map changed in place is its own previous value, so nothing
+	// would be written or sent.
 	//
 	// A counter that starts from nothing is an Update:
 	//
@@ -180,21 +170,18 @@ type Writer[T any] interface {
 	//	})
 	SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error)
 
-	// SetMany stores all values or, with an error, none. It merges: other
-	// keys stay. Changes happen in key order; equal values are skipped.
+	// SetMany stores all values or, with an error, none. Other keys stay,
+	// equal values are skipped, and changes happen in key order.
 	SetMany(kind string, values map[string]T) error
 
-	// SetIf stores a value if the entry is still at the revision that the
-	// caller saw ([Entry].Revision), 0 meaning that the key must not exist.
-	// It returns the entry's new revision; with an equal value it writes
-	// nothing and returns that same revision. Otherwise it returns 0 and
-	// [ErrConflict]. A key that was deleted and created again never passes
-	// for the old one.
+	// SetIf stores a value if the entry is at the revision that the caller
+	// saw ([Entry].Revision; 0: the key must not exist), and returns its new
+	// revision, or with an equal value the same. Otherwise it returns 0 and
+	// [ErrConflict]: also for a key that was deleted and created again.
 	SetIf(kind, key string, value T, revision int64) (newRevision int64, err error)
 
-	// Delete removes a key and returns what it held. An absent key is not an
-	// error. A value that cannot be decoded is deleted all the same, and prev
-	// is zero.
+	// Delete removes a key and returns what it held: zero for an absent key,
+	// which is not an error, and for a value that cannot be decoded.
 	Delete(kind, key string) (existed bool, prev T, err error)
 }
 
@@ -207,37 +194,32 @@ type ReadWriter[T any] interface {
 // Watcher is the part of a [Store] that outlives its call.
 type Watcher[T any] interface {
 	// Watch sends the changes of a kind to the channel it returns, in
-	// revision order, each exactly once, after its commit. Without options
-	// these are the changes committed after Watch was called.
-	//
-	// Replay and live changes meet exactly: nothing between is lost or comes
-	// twice. After a replay comes one [EventSynced].
+	// revision order, each exactly once, after its commit: those committed
+	// after the call, and with a replay option first the past, then one
+	// [EventSynced]. Replay and live changes meet exactly.
 	//
 	// A watch holds a limited number of undelivered changes, see
-	// [WithBufferSize]. When one more is committed the watch takes no more:
-	// it delivers what it holds, then an [EventError] with
-	// [ErrWatchOverflow]. Watching again with [WithSince] of that event's
-	// Revision goes on exactly there. If that says [ErrCompacted], or if the
-	// Revision is -1 since an initial replay broke off, start over with an
-	// empty state and [WithInitialReplay].
+	// [WithBufferSize]. When one more is committed it takes no more: it
+	// delivers what it holds, then an [EventError] with [ErrWatchOverflow].
+	// Watching again with [WithSince] of that event's Revision goes on
+	// exactly there. If that is answered by [ErrCompacted], or the Revision
+	// is -1 since an initial replay broke off, start over with an empty state
+	// and [WithInitialReplay].
 	//
 	// The channel closes once: when ctx ends, after an EventError, or when
-	// the store closes; what is then undelivered is dropped. A watch whose
-	// channel nobody reads any more must have its ctx ended.
+	// the store closes; what is then undelivered is dropped.
 	//
 	// A value that cannot be decoded arrives as an event with everything
 	// else, a zero Value, and Err set; the watch goes on.
 	//
 	// Watch returns ctx.Err() for a ctx that has ended, [ErrCompacted] for a
 	// revision that the history does not reach from, and an error for options
-	// that make no sense. It keeps nothing of its arguments but ctx.
+	// that make no sense. It keeps ctx.
 	Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error)
 }
 
-// Store is a key-value store of values of type T. Both implementations keep
-// the same contract, which stands here and at the interfaces it is made of.
-//
-// All methods may be called from any number of goroutines.
+// Store is a key-value store of values of type T, the same whether in memory
+// or in SQLite. Its methods may be called from any number of goroutines.
 //
 // Values are shared, not copied: a value given to the store, or received from
 // it, must not be modified.
@@ -245,27 +227,27 @@ type Store[T any] interface {
 	ReadWriter[T]
 	Watcher[T]
 
-	// View calls fn with one consistent snapshot, whatever is written
-	// meanwhile, and returns fn's error as it is. fn must not call the store,
-	// only tx, on its own goroutine; afterwards tx returns [ErrTxDone].
+	// View calls fn with one snapshot, whatever is written meanwhile, and
+	// returns fn's error as it is. fn must not call the store, only tx, on
+	// its own goroutine; afterwards tx returns [ErrTxDone].
 	View(fn func(tx Reader[T]) error) error
 
 	// Update calls fn in a transaction over any keys and kinds, and commits
 	// if it returns nil. If it returns an error, panics or calls
 	// runtime.Goexit, nothing of it remains, no event is sent, and the error
-	// comes back as it is. tx reads its own writes. A call that fails inside
-	// changes nothing, and fn may go on and commit the rest; but after an
-	// error of SQLite itself Update fails whatever fn returns.
+	// comes back as it is. A call that fails inside changes nothing, and fn
+	// may go on and commit the rest; but after an error of SQLite itself
+	// Update fails whatever fn returns.
 	//
-	// fn must not call the store, only tx, on its own goroutine; afterwards
-	// tx returns [ErrTxDone]. No other change's event comes between those of
-	// one transaction.
+	// tx reads its own writes. fn must not call the store, only tx, on its
+	// own goroutine; afterwards tx returns [ErrTxDone]. No other change's
+	// event comes between those of one transaction.
 	Update(fn func(tx ReadWriter[T]) error) error
 
 	// Close waits for calls under way, ends every watch, and leaves no
-	// goroutine and no open file behind. It may be called again, and then
-	// returns nil after the first call has finished. It must not be called
-	// from a callback or the body of a Scan.
+	// goroutine and no open file behind. Called again it returns nil, after
+	// the first has finished. A callback or the body of a Scan must not call
+	// it.
 	Close() error
 }
 
@@ -275,7 +257,7 @@ type Entry[T any] struct {
 	Value     T
 	Version   int64     // writes to this key since it was last created, from 1
 	Revision  int64     // store-wide number of the change that wrote Value
-	UpdatedAt time.Time // when that was: UTC, milliseconds; zero if the file holds no such time
+	UpdatedAt time.Time // UTC, milliseconds; zero if the file holds no valid time
 }
 
 func (e *Entry[V]) event(what EventType) *Event[V] {
@@ -294,13 +276,14 @@ type Range struct {
 // there is no hi.
 func (r Range) bounds() (lo, hi string, bounded bool) {
 	lo = r.Prefix
-	// The first key past all keys with the prefix: the prefix with its last
-	// byte that is not 0xff counted up.
-	for n := len(r.Prefix); n > 0; n-- {
-		if c := r.Prefix[n-1]; c < 0xff {
-			hi, bounded = r.Prefix[:n-1]+string([]byte{c + 1}), true
-			break
-		}
+	// The first key past a prefix is the prefix with its last byte counted
+	// up; bytes that can't be are dropped.
+	last := len(r.Prefix) - 1
+	for last >= 0 && r.Prefix[last] == 0xff {
+		last--
+	}
+	if last >= 0 {
+		hi, bounded = r.Prefix[:last]+string([]byte{r.Prefix[last] + 1}), true
 	}
 	switch {
 	case r.After == "":
@@ -323,31 +306,26 @@ const (
 
 // String returns "unchanged", "created" or "updated".
 func (r SetResult) String() string {
-	switch r {
-	case SetUnchanged:
-		return "unchanged"
-	case SetCreated:
-		return "created"
-	case SetUpdated:
-		return "updated"
+	if names := [...]string{"unchanged", "created", "updated"}; int(r) < len(names) {
+		return names[r]
 	}
 	return "SetResult(" + strconv.Itoa(int(r)) + ")"
 }
 
-// FilterFunc says whether List should keep an entry. It must not call the
-// store.
+// FilterFunc says whether List should keep an entry.
+// It must not call the store.
 type FilterFunc[T any] func(key string, value T) bool
 
-// ValidateFunc says why a value must not be stored. It must not call the
-// store.
+// ValidateFunc says why a value must not be stored, or nil.
+// It must not call the store.
 type ValidateFunc[T any] func(value T) error
 
-// CompareFunc says that two values are equal, so that nothing is written. It
-// must not call the store.
+// CompareFunc says whether two values are equal, so that nothing is written.
+// It must not call the store.
 type CompareFunc[T any] func(prev, next T) bool
 
 // StoreOptions are the options that both stores have. The zero value works.
-// The store keeps a copy of the map.
+// The store copies the map.
 type StoreOptions[T any] struct {
 	CompareFn   CompareFunc[T]             // nil: reflect.DeepEqual in memory, equal encodings in SQLite
 	ValidateFns map[string]ValidateFunc[T] // kind -> check, run before anything is written; nil ones are skipped
