@@ -733,7 +733,6 @@ func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) er
 			return r.err
 		case s.turn <- struct{}{}:
 			s.group()
-			<-s.turn
 		}
 	}
 }
@@ -753,11 +752,21 @@ func (s *sqliteEngine) group() {
 		group = append(group, r)
 		return r
 	}
+	err := errors.New("the transaction did not end")
+	defer func() {
+		for _, r := range group {
+			if err != nil {
+				r.err = err
+			}
+			close(r.done)
+		}
+		<-s.turn
+	}()
 	r := next()
 	if r == nil {
 		return // somebody else did it all
 	}
-	err := s.transact(func(c *conn) error {
+	err = s.transact(func(c *conn) error {
 		for limit := c.end + groupBytes; ; {
 			if r.err = r.fn(c); c.err != nil || c.end > limit {
 				return c.err
@@ -767,12 +776,6 @@ func (s *sqliteEngine) group() {
 			}
 		}
 	})
-	for _, r := range group {
-		if err != nil {
-			r.err = err
-		}
-		close(r.done)
-	}
 }
 
 // transact is the one way to write. It is for whose turn it is.
@@ -848,10 +851,10 @@ func (s *sqliteEngine) limitWAL(c *conn) {
 	}
 	s.grown = 0
 	if size() >= s.walLimit {
-		c.exec(`PRAGMA busy_timeout = 2500`)
+		c.exec(`PRAGMA busy_timeout = 2500`) // half of what others wait by default
 		c.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
-		c.err = nil // the commit has succeeded
-		c.exec(`PRAGMA busy_timeout = 10`)
+		c.err = nil                        // the commit has succeeded
+		c.exec(`PRAGMA busy_timeout = 10`) // lockPoll
 		if s.walLimit = maxWAL; size() >= maxWAL {
 			s.walLimit = size() + maxWAL/2
 		}
