@@ -22,24 +22,68 @@ func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	return &memStore[T]{c, e}
 }
 
-// memStore has quick paths of its own for the calls that programs make most.
-// They do what the core does, in one step.
+// memStore has quick paths of its own for what programs do most. Each does
+// what the core does, or leaves it to the core.
 type memStore[T any] struct {
 	*core[T, T]
 	e *memEngine[T]
 }
 
-func (s *memStore[T]) Get(kind, key string) (value T, ok bool, err error) {
+func (s *memStore[T]) Get(kind, key string) (T, bool, error) {
 	s.e.mu.RLock()
 	if k := s.e.kinds[kind]; k != nil {
-		if r := k.rows[key]; r != nil {
-			value = r.Value
+		if r, ok := k.rows[key]; ok {
 			s.e.mu.RUnlock()
-			return value, true, nil
+			return r.value, true, nil
 		}
 	}
 	s.e.mu.RUnlock()
 	return s.core.Get(kind, key) // absent, or an error
+}
+
+func (s *memStore[T]) List(kind string, filters ...FilterFunc[T]) (map[string]T, error) {
+	s.e.mu.RLock()
+	k := s.e.kinds[kind]
+	if k == nil || len(filters) > 0 {
+		s.e.mu.RUnlock()
+		return s.core.List(kind, filters...)
+	}
+	defer s.e.mu.RUnlock()
+	list := make(map[string]T, len(k.rows))
+	for key, r := range k.rows {
+		list[key] = r.value
+	}
+	return list, nil
+}
+
+func (s *memStore[T]) Set(kind, key string, value T) (SetResult, error) {
+	if s.options.CompareFn == nil && s.options.ValidateFns[kind] == nil && !s.nilable {
+		if result, ok := s.update(kind, key, value); ok {
+			return result, nil
+		}
+	}
+	return s.core.Set(kind, key, value) // a create, callbacks, or an error
+}
+
+// update sets a key that exists.
+func (s *memStore[T]) update(kind, key string, value T) (SetResult, bool) {
+	s.e.mu.Lock()
+	defer s.e.mu.Unlock()
+	k := s.e.kinds[kind]
+	if k == nil {
+		return SetUnchanged, false
+	}
+	r, ok := k.rows[key]
+	if !ok || s.equal(r.value, value) {
+		return SetUnchanged, ok
+	}
+	s.e.newest++
+	r = memRow[T]{value, r.version + 1, s.e.newest, time.Now().UnixMilli()}
+	k.rows[key] = r
+	if s.e.hub.watched() {
+		s.e.hub.publish(nil, []*Event[T]{r.entry(kind, key).event(EventUpdate)})
+	}
+	return SetUpdated, true
 }
 
 // memEngine is a map of kinds behind a mutex.
@@ -51,9 +95,20 @@ type memEngine[T any] struct {
 	newest int64                  // protected by mu; the revision
 }
 
+type memRow[T any] struct {
+	value    T
+	version  int64
+	revision int64
+	millis   int64 // since 1970
+}
+
+func (r memRow[T]) entry(kind, key string) *Entry[T] {
+	return &Entry[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
+}
+
 // memKind is the rows of one kind, and an index of their keys.
 type memKind[T any] struct {
-	rows map[string]*Entry[T] // protected by the engine's mu; what is pointed at never changes
+	rows map[string]memRow[T] // protected by the engine's mu
 
 	// The index is made when somebody first needs an order, and brought up
 	// to date when somebody next does, under the engine's read lock.
@@ -109,7 +164,7 @@ type memTx[T any] struct {
 // memUndo is what a key held before a write.
 type memUndo[T any] struct {
 	kind, key string
-	row       *Entry[T] // nil: it was absent
+	row       memRow[T] // version 0: it was absent
 }
 
 func (t *memTx[T]) rollback() {
@@ -120,8 +175,10 @@ func (t *memTx[T]) rollback() {
 }
 
 func (t *memTx[T]) get(kind, key string) (*Entry[T], error) {
-	if k := t.kinds[kind]; k != nil && k.rows[key] != nil {
-		return k.rows[key], nil
+	if k := t.kinds[kind]; k != nil {
+		if r, ok := k.rows[key]; ok {
+			return r.entry(kind, key), nil
+		}
 	}
 	return nil, nil
 }
@@ -145,11 +202,8 @@ func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 			if r.Descending {
 				key = keys[len(keys)-1-n]
 			}
-			if found := k.rows[key]; found != nil {
-				if !yield(*found, nil) {
-					return
-				}
-				if r.Limit--; r.Limit == 0 {
+			if found, ok := k.rows[key]; ok {
+				if r.Limit--; !yield(*found.entry(kind, key), nil) || r.Limit == 0 {
 					return
 				}
 			}
@@ -159,9 +213,9 @@ func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 
 func (t *memTx[T]) all() iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
-		for _, k := range t.kinds {
-			for _, r := range k.rows {
-				if !yield(*r, nil) {
+		for kind, k := range t.kinds {
+			for key, r := range k.rows {
+				if !yield(*r.entry(kind, key), nil) {
 					return
 				}
 			}
@@ -174,7 +228,7 @@ func (t *memTx[T]) keys(kind string) ([]string, error) {
 	if k == nil {
 		return []string{}, nil
 	}
-	return slices.DeleteFunc(slices.Clone(k.order()), func(key string) bool { return k.rows[key] == nil }), nil
+	return slices.DeleteFunc(slices.Clone(k.order()), func(key string) bool { return k.rows[key].version == 0 }), nil
 }
 
 func (t *memTx[T]) count(kind string) (int, error) {
@@ -196,45 +250,41 @@ func (t *memTx[T]) history(since int64) iter.Seq2[Event[T], error] {
 }
 
 func (t *memTx[T]) put(kind, key string, value T, version int64) (int64, error) {
-	t.change(kind, key, &Entry[T]{kind, key, value, version, t.newest + 1, time.Now().UTC().Truncate(time.Millisecond)})
+	what := EventUpdate
+	if version == 1 {
+		what = EventCreate
+	}
+	r := memRow[T]{value, version, t.newest + 1, time.Now().UnixMilli()}
+	t.change(what, r.entry(kind, key), r)
 	return t.newest, nil
 }
 
 func (t *memTx[T]) remove(old *Entry[T]) error {
-	t.change(old.Kind, old.Key, nil)
+	gone := *old
+	gone.Revision = t.newest + 1
+	t.change(EventDelete, &gone, memRow[T]{})
 	return nil
 }
 
 // change is a write that can be undone and watched.
-func (t *memTx[T]) change(kind, key string, r *Entry[T]) {
-	old := t.replace(kind, key, r)
+func (t *memTx[T]) change(what EventType, e *Entry[T], r memRow[T]) {
+	t.undo = append(t.undo, memUndo[T]{e.Kind, e.Key, t.replace(e.Kind, e.Key, r)})
 	t.newest++
-	t.undo = append(t.undo, memUndo[T]{kind, key, old})
-	if !t.watched {
-		return
-	}
-	switch {
-	case r == nil:
-		gone := *old
-		gone.Revision = t.newest
-		t.changes = append(t.changes, gone.event(EventDelete))
-	case old == nil:
-		t.changes = append(t.changes, r.event(EventCreate))
-	default:
-		t.changes = append(t.changes, r.event(EventUpdate))
+	if t.watched {
+		t.changes = append(t.changes, e.event(what))
 	}
 }
 
 // replace stores r under a key, or removes the key, and returns what was
 // there.
-func (e *memEngine[T]) replace(kind, key string, r *Entry[T]) (old *Entry[T]) {
+func (e *memEngine[T]) replace(kind, key string, r memRow[T]) (old memRow[T]) {
 	k := e.kinds[kind]
 	if k == nil {
-		k = &memKind[T]{rows: make(map[string]*Entry[T])}
+		k = &memKind[T]{rows: make(map[string]memRow[T])}
 		e.kinds[kind] = k
 	}
 	old = k.rows[key]
-	if r != nil {
+	if r.version > 0 {
 		k.rows[key] = r
 	} else {
 		delete(k.rows, key)
@@ -243,9 +293,9 @@ func (e *memEngine[T]) replace(kind, key string, r *Entry[T]) (old *Entry[T]) {
 	case len(k.rows) == 0:
 		delete(e.kinds, kind)
 	case k.sorted == nil:
-	case old == nil:
+	case old.version == 0:
 		k.added = append(k.added, key)
-	case r == nil:
+	case r.version == 0:
 		k.gone++
 	}
 	if len(k.added)+k.gone > len(k.sorted)/2+64 {

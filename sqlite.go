@@ -361,14 +361,18 @@ type conn struct {
 	err         error // SQLite's first since the connection was borrowed; nothing is run after it
 
 	newest int64 // revision of the newest change
-	end    int64 // of the log, in bytes
+	logEnd int64 // size of all that was ever logged, in bytes
 	wrote  int   // changes in this transaction
 }
 
+// stmt is a prepared statement, and where it stands.
 type stmt struct {
 	driver.Stmt
-	row  []driver.Value
-	busy bool
+	args  []driver.NamedValue
+	rows  driver.Rows
+	row   []driver.Value
+	busy  bool // being read
+	extra bool // to be closed at the end, not kept
 }
 
 // connect opens a connection to the file that was opened first.
@@ -407,14 +411,13 @@ func (s *sqliteEngine) moved() error {
 
 // retry repeats what fails with SQLITE_BUSY or SQLITE_PROTOCOL, because of
 // another connection's lock.
-func (c *conn) retry(fn func() error) error {
+func (c *conn) retry(fn func() error) (err error) {
 	for start := time.Now().Add(-lockPoll); ; {
-		err := fn()
-		if err == nil {
+		if err = fn(); err == nil {
 			return nil
 		}
 		// The driver's type for errors does not exist without cgo.
-		v := reflect.Indirect(reflect.ValueOf(err))
+		v := reflect.ValueOf(err)
 		if v.Kind() != reflect.Struct || !v.FieldByName("Code").CanInt() {
 			return err
 		}
@@ -427,69 +430,91 @@ func (c *conn) retry(fn func() error) error {
 	}
 }
 
-// rows runs a statement and yields its rows; c.err says afterwards whether
-// that were all. The slice is reused, its values are not.
-func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
-	return func(yield func([]driver.Value) bool) {
-		if c.err != nil {
-			return
+// query starts a statement, which must be ended, or sets c.err.
+func (c *conn) query(sql string, args []driver.Value) *stmt {
+	if c.err != nil {
+		return nil
+	}
+	st := c.stmts[sql]
+	if st == nil || st.busy {
+		st = &stmt{extra: st != nil} // a scan inside another
+		if st.Stmt, c.err = c.Prepare(sql); c.err != nil {
+			return nil
 		}
-		st := c.stmts[sql]
-		if st == nil || st.busy {
-			st = new(stmt)
-			if st.Stmt, c.err = c.Prepare(sql); c.err != nil {
-				return
-			}
-			if c.stmts[sql] == nil {
-				c.stmts[sql] = st
-			} else {
-				defer st.Close() // a scan inside another
-			}
+		if !st.extra {
+			c.stmts[sql] = st
 		}
-		named, large := make([]driver.NamedValue, len(args)), 0
-		for i, arg := range args {
-			named[i] = driver.NamedValue{Ordinal: i + 1, Value: arg}
-			large += len(asBytes(arg)) + len(asText(arg))
-		}
-		var rows driver.Rows
+	}
+	st.args = st.args[:0]
+	for i, arg := range args {
+		st.args = append(st.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
+		st.extra = st.extra || len(asBytes(arg))+len(asText(arg)) > groupBytes // the driver keeps a copy
+	}
+	start := st.Stmt.(driver.StmtQueryContext).QueryContext
+	if st.rows, c.err = start(context.Background(), st.args); c.err != nil {
 		c.err = c.retry(func() (err error) {
-			rows, err = st.Stmt.(driver.StmtQueryContext).QueryContext(context.Background(), named)
+			st.rows, err = start(context.Background(), st.args)
 			return err
 		})
-		if c.err != nil {
-			return
-		}
-		st.busy = true
-		c.cursors++
-		defer func() {
-			rows.Close()
-			c.cursors--
-			if st.busy = false; large > groupBytes && c.stmts[sql] == st {
-				st.Close() // it keeps a copy of its arguments
-				delete(c.stmts, sql)
-			}
-		}()
-		if st.row == nil {
-			st.row = make([]driver.Value, len(rows.Columns()))
-		}
-		for {
-			err := rows.Next(st.row)
-			if err != nil && err != io.EOF {
-				c.err = err
-			}
-			if err != nil || !yield(st.row) {
-				return
-			}
+	}
+	clear(st.args)
+	if st.row == nil && c.err == nil {
+		st.row = make([]driver.Value, len(st.rows.Columns()))
+	}
+	st.busy = true
+	c.cursors++
+	return st
+}
+
+// next reads a row into st.row. The slice is reused, its values are not.
+func (c *conn) next(st *stmt) bool {
+	if c.err != nil {
+		return false
+	}
+	err := st.rows.Next(st.row)
+	if err != nil && err != io.EOF {
+		c.err = err
+	}
+	return err == nil
+}
+
+func (c *conn) end(sql string, st *stmt) {
+	if st == nil {
+		return
+	}
+	if st.rows != nil {
+		st.rows.Close()
+		st.rows = nil
+	}
+	st.busy = false
+	c.cursors--
+	if st.extra {
+		st.Close()
+		if c.stmts[sql] == st {
+			delete(c.stmts, sql)
 		}
 	}
 }
 
-// exec runs a statement to its end and returns its last row, if it has any.
-func (c *conn) exec(sql string, args ...driver.Value) (last []driver.Value) {
-	for v := range c.rows(sql, args...) {
-		last = v
+// rows runs a statement and yields its rows; c.err says afterwards whether
+// that were all.
+func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
+	return func(yield func([]driver.Value) bool) {
+		st := c.query(sql, args)
+		defer c.end(sql, st)
+		for c.next(st) && yield(st.row) {
+		}
 	}
-	return last
+}
+
+// exec runs a statement and returns its first row, if it has any.
+func (c *conn) exec(sql string, args ...driver.Value) (row []driver.Value) {
+	st := c.query(sql, args)
+	if c.next(st) {
+		row = st.row
+	}
+	c.end(sql, st)
+	return row
 }
 
 // transaction commits if fn returns nil.
@@ -585,8 +610,8 @@ func (s *sqliteEngine) streams() bool { return s.wal }
 
 const selectEntry = `SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv `
 
-func entryOf(v []driver.Value) *Entry[[]byte] {
-	e := &Entry[[]byte]{asText(v[4]), asText(v[5]), asBytes(v[0]), asInt(v[1]), asInt(v[2]), time.Time{}}
+func entryOf(kind, key string, v []driver.Value) *Entry[[]byte] {
+	e := &Entry[[]byte]{kind, key, asBytes(v[0]), asInt(v[1]), asInt(v[2]), time.Time{}}
 	if at, err := time.Parse(time.RFC3339Nano, asText(v[3])); err == nil {
 		e.UpdatedAt = at.UTC().Truncate(time.Millisecond)
 	}
@@ -594,10 +619,11 @@ func entryOf(v []driver.Value) *Entry[[]byte] {
 }
 
 func (c *conn) get(kind, key string) (*Entry[[]byte], error) {
-	if v := c.exec(selectEntry+`WHERE kind = ? AND key = ?`, kind, key); v != nil {
-		return entryOf(v), nil
+	v := c.exec(`SELECT CAST(value AS BLOB), version, revision, updated_at FROM zestor_kv WHERE kind = ? AND key = ?`, kind, key)
+	if v == nil {
+		return nil, c.err
 	}
-	return nil, c.err
+	return entryOf(kind, key, v), nil
 }
 
 func (c *conn) scan(kind string, r Range) iter.Seq2[Entry[[]byte], error] {
@@ -621,7 +647,7 @@ func (c *conn) all() iter.Seq2[Entry[[]byte], error] { return c.entries(selectEn
 func (c *conn) entries(sql string, args ...driver.Value) iter.Seq2[Entry[[]byte], error] {
 	return func(yield func(Entry[[]byte], error) bool) {
 		for v := range c.rows(sql, args...) {
-			if !yield(*entryOf(v), nil) {
+			if !yield(*entryOf(asText(v[4]), asText(v[5]), v), nil) {
 				return
 			}
 		}
@@ -648,9 +674,9 @@ func (c *conn) count(kind string) (n int, err error) {
 
 // revision also finds the end of the log.
 func (c *conn) revision() (int64, error) {
-	c.newest, c.end = 0, 0
+	c.newest, c.logEnd = 0, 0
 	for v := range c.rows(`SELECT revision, position + ` + logSize + ` FROM zestor_log ORDER BY revision DESC LIMIT 1`) {
-		c.newest, c.end = asInt(v[0]), asInt(v[1])
+		c.newest, c.logEnd = asInt(v[0]), asInt(v[1])
 	}
 	return c.newest, c.err
 }
@@ -666,7 +692,7 @@ func (c *conn) history(since int64) iter.Seq2[Event[[]byte], error] {
 	return func(yield func(Event[[]byte], error) bool) {
 		for v := range c.rows(`SELECT value, version, revision, NULL, kind, key, type FROM zestor_log
 			WHERE revision > ? ORDER BY revision`, since) {
-			ch := *entryOf(v).event(EventType(asText(v[6])))
+			ch := *entryOf(asText(v[4]), asText(v[5]), v).event(EventType(asText(v[6])))
 			var err error
 			if since++; ch.Revision != since {
 				err = gapError(ch.Revision - 1)
@@ -703,7 +729,7 @@ func (c *conn) remove(old *Entry[[]byte]) error {
 func (c *conn) write(kind, key string, value []byte, sql string, args ...driver.Value) (int64, error) {
 	c.exec(sql, args...)
 	c.newest++
-	c.end += int64(len(kind) + len(key) + len(value) + 64) // as logSize does
+	c.logEnd += int64(len(kind) + len(key) + len(value) + 64) // as logSize does
 	c.wrote++
 	return c.newest, c.err
 }
@@ -767,8 +793,8 @@ func (s *sqliteEngine) group() {
 		return // somebody else did it all
 	}
 	err = s.transact(func(c *conn) error {
-		for limit := c.end + groupBytes; ; {
-			if r.err = r.fn(c); c.err != nil || c.end > limit {
+		for limit := c.logEnd + groupBytes; ; {
+			if r.err = r.fn(c); c.err != nil || c.logEnd > limit {
 				return c.err
 			}
 			if r = next(); r == nil {
@@ -792,11 +818,11 @@ func (s *sqliteEngine) transact(fn func(*conn) error) error {
 			if _, err := c.revision(); err != nil {
 				return err
 			}
-			s.grown += 16<<10 - 2*c.end // a commit writes whole pages, and every change twice
+			s.grown += 16<<10 - 2*c.logEnd // a commit writes whole pages, and every change twice
 			if err := fn(c); err != nil {
 				return err
 			}
-			s.grown += 2 * c.end
+			s.grown += 2 * c.logEnd
 			s.trim(c)
 			return c.err
 		})
@@ -814,7 +840,7 @@ func (s *sqliteEngine) transact(fn func(*conn) error) error {
 // to, it cuts a little more, so that most writes find nothing to do; and never
 // many more rows than the transaction has written.
 func (s *sqliteEngine) trim(c *conn) {
-	low := c.end - s.historyBytes
+	low := c.logEnd - s.historyBytes
 	if c.wrote == 0 || s.oldest >= low {
 		return
 	}

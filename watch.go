@@ -289,6 +289,7 @@ func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
 type hub[T any] struct {
 	done    chan struct{}  // closed when the store closes
 	running sync.WaitGroup // watches and tails
+	count   atomic.Int64   // len(watches)
 
 	mu      sync.Mutex    // held while publishing, so that events stay in order
 	watches []*watch[T]   // protected by mu
@@ -304,6 +305,7 @@ func (h *hub[T]) add(w *watch[T], now func() (int64, error), tail func(since int
 		return err
 	}
 	h.watches = append(h.watches, w)
+	h.count.Store(int64(len(h.watches)))
 	if h.stop == nil {
 		h.stop = make(chan struct{})
 		h.running.Add(1) // w runs, so nobody has waited yet
@@ -317,6 +319,7 @@ func (h *hub[T]) remove(w *watch[T]) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.watches = slices.DeleteFunc(h.watches, func(other *watch[T]) bool { return other == w })
+	h.count.Store(int64(len(h.watches)))
 	if len(h.watches) == 0 && h.stop != nil {
 		close(h.stop)
 		h.stop = nil
@@ -341,11 +344,7 @@ func (h *hub[T]) publish(tail <-chan struct{}, events []*Event[T]) bool {
 	return true
 }
 
-func (h *hub[T]) watched() bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return len(h.watches) > 0
-}
+func (h *hub[T]) watched() bool { return h.count.Load() > 0 }
 
 // watch is a bounded queue of undelivered changes, and the goroutine that
 // alone sends on and closes ch. It ends when ctx or the store is done, or
