@@ -93,6 +93,7 @@ const (
 	readers      = 4                     // connections for short reads; more starve the writer on a small machine
 	pollInterval = 12 * time.Millisecond // at which a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction
+	maxStmts     = 32                    // prepared statements that a connection keeps
 	maxWAL       = 8 << 20               // see limitWAL
 
 	// SQLite backs off to 100 ms between tries for a lock, and so finds a busy
@@ -207,7 +208,7 @@ func parseDSN(text string) (d dsn, err error) {
 	switch {
 	case err != nil || u.Path == ":memory:":
 	case u.Path == "":
-		err = errors.New("DSN required: a path, a file: URI, or :memory:")
+		err = errors.New("DSN required: a path, a file: URI or :memory: for none")
 	case strings.Contains(u.Path, "\x00"):
 		err = errors.New("a NUL byte in the path")
 	default:
@@ -222,7 +223,7 @@ func (d *dsn) readOnly() bool { return d.mode == "ro" || d.immutable }
 // uri is what the driver is given for a connection. No two goroutines use one
 // at once, so it needs no mutex of SQLite's.
 func (d *dsn) uri() string {
-	params := fmt.Sprintf("?_mutex=no&_synchronous=%s&_busy_timeout=%d", d.synchronous, lockPoll.Milliseconds())
+	params := fmt.Sprintf("?_mutex=no&_cache_size=-8192&_synchronous=%s&_busy_timeout=%d", d.synchronous, lockPoll.Milliseconds())
 	if d.private() {
 		return ":memory:" + params
 	}
@@ -355,7 +356,7 @@ func (c *conn) inspect() (string, error) {
 type conn struct {
 	driver.Conn
 	busyTimeout time.Duration
-	stmts       map[string]*stmt
+	stmts       []*stmt
 	cursors     int   // rows being read
 	broken      bool  // not to be used again
 	err         error // SQLite's first since the connection was borrowed; nothing is run after it
@@ -363,21 +364,23 @@ type conn struct {
 	newest int64 // revision of the newest change
 	logEnd int64 // size of all that was ever logged, in bytes
 	wrote  int   // changes in this transaction
+	now    string
 }
 
 // stmt is a prepared statement, and where it stands.
 type stmt struct {
 	driver.Stmt
+	sql   string
 	args  []driver.NamedValue
 	rows  driver.Rows
 	row   []driver.Value
 	busy  bool // being read
-	extra bool // to be closed at the end, not kept
+	large bool // had arguments so large, of which the driver keeps a copy, that it is not kept
 }
 
 // connect opens a connection to the file that was opened first.
 func (s *sqliteEngine) connect() (*conn, error) {
-	c := &conn{busyTimeout: s.busyTimeout, stmts: make(map[string]*stmt)}
+	c := &conn{busyTimeout: s.busyTimeout}
 	uri := s.dsn.uri()
 	err := c.retry(func() (err error) {
 		c.Conn, err = new(sqlite3.SQLiteDriver).Open(uri)
@@ -435,20 +438,20 @@ func (c *conn) query(sql string, args []driver.Value) *stmt {
 	if c.err != nil {
 		return nil
 	}
-	st := c.stmts[sql]
-	if st == nil || st.busy {
-		st = &stmt{extra: st != nil} // a scan inside another
-		if st.Stmt, c.err = c.Prepare(sql); c.err != nil {
+	n := slices.IndexFunc(c.stmts, func(st *stmt) bool { return st.sql == sql && !st.busy })
+	if n < 0 {
+		prepared, err := c.Prepare(sql)
+		if c.err = err; err != nil {
 			return nil
 		}
-		if !st.extra {
-			c.stmts[sql] = st
-		}
+		n = len(c.stmts)
+		c.stmts = append(c.stmts, &stmt{Stmt: prepared, sql: sql})
 	}
+	st := c.stmts[n]
 	st.args = st.args[:0]
 	for i, arg := range args {
 		st.args = append(st.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
-		st.extra = st.extra || len(asBytes(arg))+len(asText(arg)) > groupBytes // the driver keeps a copy
+		st.large = st.large || len(asBytes(arg))+len(asText(arg)) > groupBytes
 	}
 	start := st.Stmt.(driver.StmtQueryContext).QueryContext
 	if st.rows, c.err = start(context.Background(), st.args); c.err != nil {
@@ -478,7 +481,7 @@ func (c *conn) next(st *stmt) bool {
 	return err == nil
 }
 
-func (c *conn) end(sql string, st *stmt) {
+func (c *conn) end(st *stmt) {
 	if st == nil {
 		return
 	}
@@ -488,11 +491,9 @@ func (c *conn) end(sql string, st *stmt) {
 	}
 	st.busy = false
 	c.cursors--
-	if st.extra {
+	if st.large || len(c.stmts) > maxStmts {
 		st.Close()
-		if c.stmts[sql] == st {
-			delete(c.stmts, sql)
-		}
+		c.stmts = slices.DeleteFunc(c.stmts, func(other *stmt) bool { return other == st })
 	}
 }
 
@@ -501,7 +502,7 @@ func (c *conn) end(sql string, st *stmt) {
 func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 	return func(yield func([]driver.Value) bool) {
 		st := c.query(sql, args)
-		defer c.end(sql, st)
+		defer c.end(st)
 		for c.next(st) && yield(st.row) {
 		}
 	}
@@ -513,7 +514,7 @@ func (c *conn) exec(sql string, args ...driver.Value) (row []driver.Value) {
 	if c.next(st) {
 		row = st.row
 	}
-	c.end(sql, st)
+	c.end(st)
 	return row
 }
 
@@ -717,7 +718,7 @@ func (c *conn) put(kind, key string, value []byte, version int64) (int64, error)
 	if version == 1 {
 		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ?)`
 	}
-	return c.write(kind, key, value, sql, kind, key, value, version, time.Now().UTC().Format("2006-01-02T15:04:05.000Z"), c.newest+1)
+	return c.write(kind, key, value, sql, kind, key, value, version, c.now, c.newest+1)
 }
 
 func (c *conn) remove(old *Entry[[]byte]) error {
@@ -818,6 +819,7 @@ func (s *sqliteEngine) transact(fn func(*conn) error) error {
 			if _, err := c.revision(); err != nil {
 				return err
 			}
+			c.now = time.Now().UTC().Format("2006-01-02T15:04:05.000Z")
 			s.grown += 16<<10 - 2*c.logEnd // a commit writes whole pages, and every change twice
 			if err := fn(c); err != nil {
 				return err

@@ -385,6 +385,7 @@ type core[T, V any] struct {
 	hub     hub[T]
 	open    sync.RWMutex // read-locked by each call; Close locks it for good
 	closing sync.Once
+	repeats atomic.Bool // the last Set changed nothing, so the next may not either
 }
 
 // reader has the methods that the reads of a store and of a transaction share.
@@ -619,6 +620,9 @@ func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, rev
 		if err != nil {
 			return err
 		}
+		if w.tx == nil && want == nil && w.c.repeats.Load() && w.unchanged(at, value, v) {
+			return nil
+		}
 		return w.write(w.c.options.CompareFn == nil, func(t transaction[V]) (err error) {
 			result, revision, err = w.c.put(t, at[1], at[2], value, v, want)
 			return err
@@ -627,7 +631,19 @@ func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, rev
 	if err != nil {
 		return SetUnchanged, 0, err // also where the commit failed
 	}
+	w.c.repeats.Store(result == SetUnchanged)
 	return result, revision, nil
+}
+
+// unchanged finds out that a Set changes nothing without locking out other
+// writers.
+func (w writer[T, V]) unchanged(at place, value T, v V) (same bool) {
+	_ = w.c.engine.read(func(s snapshot[V]) error {
+		old, err := s.get(at[1], at[2])
+		same = err == nil && old != nil && w.c.same(old.Value, value, v)
+		return err
+	})
+	return same
 }
 
 func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error) {
@@ -664,13 +680,14 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 
 func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 	keys := slices.Sorted(maps.Keys(values))
-	encoded := make([]V, len(keys))
+	sorted, encoded := make([]T, len(keys)), make([]V, len(keys))
 	at := place{"setmany", kind}
 	err := w.call(at, func() (err error) {
 		for i, key := range keys {
 			at = place{"setmany", kind, key}
 			if err = at.check(); err == nil {
-				encoded[i], err = w.c.check(kind, values[key])
+				sorted[i] = values[key]
+				encoded[i], err = w.c.check(kind, sorted[i])
 			}
 			if err != nil {
 				return err
@@ -682,7 +699,7 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 		return w.write(false, func(t transaction[V]) error {
 			for i, key := range keys {
 				at = place{"setmany", kind, key}
-				if _, _, err := w.c.put(t, kind, key, values[key], encoded[i], nil); err != nil {
+				if _, _, err := w.c.put(t, kind, key, sorted[i], encoded[i], nil); err != nil {
 					return err
 				}
 			}
