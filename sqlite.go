@@ -36,6 +36,8 @@ const (
 	tableColumns  = "kind:1 key:2 value:0 version:0 updated_at:0 revision:0"
 	oldColumns    = "kind:1 key:2 value:0 version:0 updated_at:0" // of the multi-package Zestor
 	schemaObjects = 6                                             // zestor_log and the triggers
+	countObjects  = `SELECT count(*) FROM sqlite_schema WHERE name IN
+		('zestor_log', 'zestor_insert', 'zestor_update', 'zestor_delete', 'zestor_rename', 'zestor_keep')`
 
 	createTable = `CREATE TABLE zestor_kv (
 		kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
@@ -148,7 +150,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes, oldest: -1, walLimit: maxWAL,
 		slots: make(chan struct{}, readers), turn: make(chan struct{}, 1), wake: make(chan struct{}, 1)}
 	if err := e.open(opts.DSN, opts.DisableWAL); err != nil {
-		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", printable(opts.DSN), err))
+		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", printable(opts.DSN, len(opts.DSN)), err))
 	}
 	return newCore(e, opts.StoreOptions, encoder[T](opts.Codec), decoder[T](opts.Codec), bytes.Equal), nil
 }
@@ -283,10 +285,18 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if err == nil {
 		err = s.prepare(c, disableWAL)
 	}
-	if err != nil {
-		c.close()
+	if err == nil {
+		s.dsn.mode = strings.TrimSuffix(s.dsn.mode, "c") // the file is there now
+		return nil
 	}
-	s.dsn.mode = strings.TrimSuffix(s.dsn.mode, "c") // the file is there now
+	// Closed last, c would take into the file what a crash left in a WAL; a
+	// connection that only reads leaves it.
+	s.dsn.mode = "ro"
+	if last, err := s.connect(); err == nil && !s.dsn.private() {
+		last.exec("PRAGMA user_version")
+		defer last.close()
+	}
+	c.close()
 	return err
 }
 
@@ -322,12 +332,18 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 // inspect returns the SQL that makes the file one of this schema, "" for one
 // that is, and an error for one that can't be.
 func (c *conn) inspect() (string, error) {
-	v := c.exec(`SELECT
+	// Most files need no closer look, for which SQLite takes its time.
+	v := c.exec(`SELECT sql, (` + countObjects + `) FROM sqlite_schema WHERE name = 'zestor_kv'`)
+	if v != nil && asText(v[0]) == createTable && asInt(v[1]) == schemaObjects {
+		if v = c.exec(`PRAGMA user_version`); v != nil && asInt(v[0]) == schemaVersion {
+			return "", nil
+		}
+	}
+	v = c.exec(`SELECT
 		(SELECT user_version FROM pragma_user_version),
 		(SELECT encoding FROM pragma_encoding),
 		(SELECT count(*) FROM sqlite_schema WHERE name NOT LIKE 'sqlite^_%' ESCAPE '^' AND name <> 'zestor_kv'),
-		(SELECT count(*) FROM sqlite_schema WHERE name IN
-			('zestor_log', 'zestor_insert', 'zestor_update', 'zestor_delete', 'zestor_rename', 'zestor_keep')),
+		(` + countObjects + `),
 		(SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv'))`)
 	if c.err != nil {
 		return "", c.err
@@ -380,6 +396,9 @@ type stmt struct {
 
 // connect opens a connection to the file that was opened first.
 func (s *sqliteEngine) connect() (*conn, error) {
+	if err := s.moved(); err != nil { // SQLite would take the old file's WAL for the new one's
+		return nil, err
+	}
 	c := &conn{busyTimeout: s.busyTimeout}
 	uri := s.dsn.uri()
 	err := c.retry(func() (err error) {
@@ -428,7 +447,7 @@ func (c *conn) retry(fn func() error) (err error) {
 			return err
 		}
 		if time.Since(start) >= c.busyTimeout {
-			return fmt.Errorf("another process kept the file locked, for longer than the BusyTimeout of %v: %w", c.busyTimeout, err)
+			return fmt.Errorf("another process kept the file locked for longer than BusyTimeout: %w", err)
 		}
 	}
 }
@@ -585,7 +604,7 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 			c.close()
 		}
 	}()
-	c.err = nil
+	c.err, c.busyTimeout = nil, s.busyTimeout
 	return fn(c)
 }
 
@@ -737,20 +756,22 @@ func (c *conn) write(kind, key string, value []byte, sql string, args ...driver.
 
 // A request is a write that may share a transaction with others.
 type request struct {
-	fn   func(transaction[[]byte]) error
-	err  error
-	done chan struct{} // closed after the commit
+	fn      func(transaction[[]byte]) error
+	arrived time.Time
+	err     error
+	done    chan struct{} // closed after the commit
 }
 
 // write waits for its turn. Shared writes are group commit: whose turn it is
 // does the work of all that wait, and they return with it.
 func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) error {
 	if !shared {
+		arrived := time.Now()
 		s.turn <- struct{}{}
 		defer func() { <-s.turn }()
-		return s.transact(func(c *conn) error { return fn(c) })
+		return s.transact(arrived, func(c *conn) error { return fn(c) })
 	}
-	r := &request{fn, nil, make(chan struct{})}
+	r := &request{fn, time.Now(), nil, make(chan struct{})}
 	s.mu.Lock()
 	s.waiting = append(s.waiting, r)
 	s.mu.Unlock()
@@ -793,7 +814,7 @@ func (s *sqliteEngine) group() {
 	if r == nil {
 		return // somebody else did it all
 	}
-	err = s.transact(func(c *conn) error {
+	err = s.transact(r.arrived, func(c *conn) error {
 		for limit := c.logEnd + groupBytes; ; {
 			if r.err = r.fn(c); c.err != nil || c.logEnd > limit {
 				return c.err
@@ -805,8 +826,9 @@ func (s *sqliteEngine) group() {
 	})
 }
 
-// transact is the one way to write. It is for whose turn it is.
-func (s *sqliteEngine) transact(fn func(*conn) error) error {
+// transact is the one way to write. It is for whose turn it is. The wait for
+// the turn counts as a wait for other processes, which it mostly is.
+func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	if err := s.moved(); err != nil {
 		return err
 	}
@@ -815,7 +837,9 @@ func (s *sqliteEngine) transact(fn func(*conn) error) error {
 		begin = "BEGIN" // a write that changes nothing needs no more
 	}
 	return s.borrow(true, func(c *conn) error {
+		c.busyTimeout -= time.Since(arrived)
 		err := c.transaction(begin, func() error {
+			c.busyTimeout = s.busyTimeout
 			if _, err := c.revision(); err != nil {
 				return err
 			}

@@ -869,19 +869,19 @@ func (e *placedError) Unwrap() error { return e.err }
 func (e *placedError) Error() string {
 	s := "zestor: " + e.place[0]
 	for i, name := range e.place[1:] {
-		s += " /"[i:i+1] + printable(name)
+		s += " /"[i:i+1] + printable(name, 100)
 	}
 	return s + ": " + strings.TrimPrefix(e.err.Error(), "zestor: ")
 }
 
-// printable makes a kind or key fit for an error message: on one line, and not
-// a megabyte long.
-func printable(name string) string {
-	short := name[:min(len(name), 100)]
+// printable makes a name fit for an error message: on one line, and not a
+// megabyte long.
+func printable(name string, most int) string {
+	short := name[:min(len(name), most)]
 	if quoted := strconv.Quote(short); quoted[1:len(quoted)-1] != short {
 		short = quoted
 	}
-	if len(name) > 100 {
+	if len(name) > most {
 		short += fmt.Sprintf("... (%d bytes)", len(name))
 	}
 	return short
