@@ -16,8 +16,9 @@ import (
 // Update hold the store's lock while their function runs.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
-	itself := func(value T) (T, error) { return value, nil }
-	c := newCore(e, opts, itself, itself, equality[T]())
+	encode := func(_ place, value T) (T, error) { return value, nil }
+	decode := func(value T) (T, error) { return value, nil }
+	c := newCore(e, opts, encode, decode, equality[T]())
 	e.hub = &c.hub
 	return &memStore[T]{c, e}
 }

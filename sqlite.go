@@ -152,7 +152,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 	if err := e.open(opts.DSN, opts.DisableWAL); err != nil {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", printable(opts.DSN, len(opts.DSN)), err))
 	}
-	return newCore(e, opts.StoreOptions, encoder[T](opts.Codec), decoder[T](opts.Codec), bytes.Equal), nil
+	return newCore(e, opts.StoreOptions, encoder[T](opts.Codec, maxSize), decoder[T](opts.Codec), bytes.Equal), nil
 }
 
 // dsn is a parsed DSN.
@@ -617,12 +617,7 @@ func (s *sqliteEngine) read(fn func(snapshot[[]byte]) error) error {
 // view needs no slot, since it may last, and others may begin inside.
 func (s *sqliteEngine) view(fn func(snapshot[[]byte]) error) error {
 	return s.borrow(false, func(c *conn) error {
-		return c.transaction("BEGIN", func() error {
-			if _, err := c.revision(); err != nil { // the first read takes the snapshot
-				return err
-			}
-			return fn(c)
-		})
+		return c.transaction("BEGIN", func() error { return fn(c) })
 	})
 }
 
@@ -730,9 +725,6 @@ func (c *conn) history(since int64) iter.Seq2[Event[[]byte], error] {
 }
 
 func (c *conn) put(kind, key string, value []byte, version int64) (int64, error) {
-	if size := len(kind) + len(key) + len(value); size > maxSize {
-		return 0, fmt.Errorf("too big: %d bytes, where SQLite takes at most %d", size, maxSize)
-	}
 	sql := `UPDATE zestor_kv SET value = ?3, version = ?4, updated_at = ?5, revision = ?6 WHERE kind = ?1 AND key = ?2`
 	if version == 1 {
 		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ?)`
@@ -908,7 +900,7 @@ func (s *sqliteEngine) limitWAL(c *conn) {
 		c.err = nil                        // the commit has succeeded
 		c.exec(`PRAGMA busy_timeout = 10`) // lockPoll
 		if s.walLimit = maxWAL; size() >= maxWAL {
-			s.walLimit = size() + maxWAL/2
+			s.walLimit = 2 * size()
 		}
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"slices"
 	"strings"
 	"sync"
@@ -122,10 +121,12 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if w.complete = -1; w.resume {
-			w.complete = w.since
+		// A change that is sent while ch is full is seen to be delivered a
+		// moment later than it is. A small limit is exact: ch is never full.
+		w.ch = make(chan Event[T], 64)
+		if w.limit <= 1024 {
+			w.ch = make(chan Event[T], w.limit)
 		}
-		w.ch = make(chan Event[T], min(w.limit, 64))
 		started := make(chan error, 1)
 		c.hub.running.Add(1) // Close waits for this call first
 		go c.run(w, started)
@@ -140,93 +141,66 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 	return w.ch, nil
 }
 
-// run is the life of a watch. It says in started how it began.
+// run is the life of a watch. It says in started how it began. What it is to
+// replay is held in memory, so that no consumer can hold up a snapshot, and
+// with it SQLite's write-ahead log.
 func (c *core[T, V]) run(w *watch[T], started chan<- error) {
 	defer c.hub.running.Done()
 	defer close(w.ch)
 	defer c.hub.remove(w)
-	var began, replayed, ok bool
-	pick := func(s snapshot[V]) (rows iter.Seq2[Event[V], error], err error) {
+	var past []Event[V]
+	err := c.engine.view(func(s snapshot[V]) (err error) {
 		// From here on the hub hands over every change that is not in s.
-		if err = c.hub.add(w, s.revision, c.tail); err == nil {
-			rows, err = past(w, s)
+		if err = c.hub.add(w, s.revision, c.tail); err != nil {
+			return err
 		}
-		if began = err == nil; began {
-			started <- nil
+		switch {
+		case w.resume && w.since > w.from:
+			return ErrCompacted
+		case w.resume:
+			for ev, err := range s.history(w.since) {
+				if err != nil {
+					return err
+				}
+				if w.wants(ev.Type, ev.Kind, ev.Key) {
+					past = append(past, ev)
+				}
+			}
+		case w.initial && w.wants(EventCreate, w.kind, w.prefix):
+			for e, err := range s.scan(w.kind, Range{Prefix: w.prefix}) {
+				if err != nil {
+					return err
+				}
+				past = append(past, *e.event(EventCreate))
+			}
 		}
-		return rows, err
-	}
-	err := over(c.engine.view, c.engine.streams(), pick, func(rows iter.Seq2[Event[V], error]) error {
-		replayed, ok = true, c.replay(w, rows)
 		return nil
 	})
-	switch {
-	case !began:
-		started <- err
-	case !replayed:
-		w.fail(err, w.complete)
-	case ok:
+	if errors.Is(err, ErrCompacted) {
+		err = ErrCompacted
+	}
+	started <- err
+	if err == nil && c.replay(w, past) {
 		w.live()
 	}
 }
 
-// past is what a watch replays of s.
-func past[T, V any](w *watch[T], s snapshot[V]) (iter.Seq2[Event[V], error], error) {
-	if w.resume {
-		if w.since > w.from {
-			return nil, ErrCompacted
-		}
-		for _, err := range s.history(w.since) { // does it reach so far?
-			if err != nil {
-				return nil, err
-			}
-			break
-		}
-		return s.history(w.since), nil
-	}
-	return func(yield func(Event[V], error) bool) {
-		if !w.initial {
-			return
-		}
-		for r, err := range s.scan(w.kind, Range{Prefix: w.prefix}) {
-			if !yield(*r.event(EventCreate), err) {
-				return
-			}
-		}
-	}, nil
-}
-
 // replay sends the past, and says whether the watch is to go on.
-func (c *core[T, V]) replay(w *watch[T], rows iter.Seq2[Event[V], error]) bool {
-	complete := w.complete
-	var some []Event[V]
-	flush := func() bool {
+func (c *core[T, V]) replay(w *watch[T], past []Event[V]) bool {
+	for len(past) > 0 && !w.ended() {
+		some := past[:min(len(past), 16)]
 		for _, ev := range c.events(some) {
 			if !w.send(*ev) {
 				return false
 			}
 		}
-		some = some[:0]
-		return !w.ended()
-	}
-	for ch, err := range rows {
-		if err != nil {
-			return flush() && w.fail(err, complete)
-		}
-		if w.resume {
-			complete = ch.Revision
-		}
-		if w.wants(ch.Type, ch.Kind, ch.Key) {
-			some = append(some, ch)
-		}
-		if len(some) == 16 && !flush() {
-			return false
-		}
+		clear(some) // hold no longer than needed
+		past = past[len(some):]
 	}
 	if !w.initial && !w.resume {
 		return true
 	}
-	return flush() && w.send(Event[T]{Type: EventSynced, Kind: w.kind, Revision: w.from})
+	return w.send(Event[T]{Type: EventSynced, Kind: w.kind, Revision: w.from})
 }
 
 // events decodes changes. It does so on a goroutine of its own, since a codec
@@ -356,15 +330,14 @@ type watch[T any] struct {
 	done <-chan struct{} // the hub's
 	ch   chan Event[T]
 	from int64         // live changes come after this revision
-	sent atomic.Int64  // of the changes taken, those that went into ch
 	wake chan struct{} // gets a token when live sleeps and has something to do
 
 	mu       sync.Mutex
-	queue    []*Event[T] // protected by mu
-	taken    int64       // protected by mu; changes that were ever in queue
+	queue    []*Event[T] // protected by mu; changes that did not go into ch yet
+	sent     int         // protected by mu; changes that did
 	asleep   bool        // protected by mu; live waits for a token
 	err      error       // protected by mu; set: nothing is taken any more
-	complete int64       // protected by mu; the last revision before err, and at first that before a replay
+	complete int64       // protected by mu; the last revision before err
 }
 
 func (w *watch[T]) wants(what EventType, kind, key string) bool {
@@ -375,11 +348,9 @@ func (w *watch[T]) wants(what EventType, kind, key string) bool {
 func (w *watch[T]) offer(ev *Event[T]) {
 	w.mu.Lock()
 	// What was sent last is what is left in ch.
-	sent := w.sent.Load()
-	full := w.taken-sent+min(sent, int64(len(w.ch))) >= int64(w.limit)
+	full := len(w.queue)+min(w.sent, len(w.ch)) >= w.limit
 	if w.err == nil && !full {
 		w.queue = append(w.queue, ev)
-		w.taken++
 		w.rouseLocked()
 	}
 	w.mu.Unlock()
@@ -407,28 +378,27 @@ func (w *watch[T]) rouseLocked() {
 
 // live sends what is queued until the watch ends.
 func (w *watch[T]) live() {
-	var batch []*Event[T]
 	for !w.ended() {
-		if cap(batch) > 1024 {
-			batch = nil // after a burst
-		}
 		w.mu.Lock()
-		batch, w.queue = w.queue, batch[:0]
-		err, complete := w.err, w.complete
-		w.asleep = len(batch) == 0 && err == nil
+		n := 0
+		for n < min(len(w.queue), 64) && w.trySend(*w.queue[n]) {
+			n++
+		}
+		rest, err, complete := w.shiftLocked(n), w.err, w.complete
+		w.asleep = len(rest) == 0 && err == nil
 		w.mu.Unlock()
-		for i, ev := range batch {
-			batch[i] = nil // hold no longer than needed
-			if !w.send(*ev) {
+		switch {
+		case len(rest) > 0: // the first stays in the queue, and counts, until it is sent
+			if !w.send(*rest[0]) {
 				return
 			}
-			w.sent.Add(1)
-		}
-		switch {
+			w.mu.Lock()
+			w.shiftLocked(1)
+			w.mu.Unlock()
 		case err != nil:
 			w.fail(err, complete)
 			return
-		case len(batch) == 0:
+		default:
 			select {
 			case <-w.wake:
 			case <-w.ctx.Done():
@@ -438,23 +408,44 @@ func (w *watch[T]) live() {
 	}
 }
 
-// fail sends the last event. It returns false: the watch is not to go on.
-func (w *watch[T]) fail(err error, complete int64) bool {
+// shiftLocked takes from the queue what was sent, and returns the rest.
+func (w *watch[T]) shiftLocked(n int) []*Event[T] {
+	w.sent += n
+	clear(w.queue[:n]) // hold no longer than needed
+	switch {
+	case n < len(w.queue):
+		w.queue = w.queue[n:]
+	case cap(w.queue) > 1024:
+		w.queue = nil // after a burst
+	default:
+		w.queue = w.queue[:0]
+	}
+	return w.queue
+}
+
+// fail sends the last event.
+func (w *watch[T]) fail(err error, complete int64) {
 	if errors.Is(err, ErrCompacted) {
 		err = ErrCompacted
 	} else if err != ErrWatchOverflow {
 		err = place{"watch", w.kind}.fail(err)
 	}
 	w.send(Event[T]{Type: EventError, Kind: w.kind, Revision: complete, Err: err})
-	return false
 }
 
-// send delivers, unless the watch ends before the consumer takes it.
-func (w *watch[T]) send(ev Event[T]) bool {
+func (w *watch[T]) trySend(ev Event[T]) bool {
 	select {
 	case w.ch <- ev:
 		return true
 	default:
+		return false
+	}
+}
+
+// send delivers, unless the watch ends before the consumer takes it.
+func (w *watch[T]) send(ev Event[T]) bool {
+	if w.trySend(ev) {
+		return true
 	}
 	select {
 	case w.ch <- ev:

@@ -378,10 +378,10 @@ type core[T, V any] struct {
 	writer[T, V]
 	engine  engine[V]
 	options StoreOptions[T]
-	nilable bool                    // T is a pointer type
-	encode  func(T) (V, error)      // runs the codec
-	decode  func(V) (T, error)      // runs the codec
-	equal   func(prev, next V) bool // without CompareFn
+	nilable bool                      // T is a pointer type
+	encode  func(place, T) (V, error) // runs the codec
+	decode  func(V) (T, error)        // runs the codec
+	equal   func(prev, next V) bool   // without CompareFn
 	hub     hub[T]
 	open    sync.RWMutex // read-locked by each call; Close locks it for good
 	closing sync.Once
@@ -405,7 +405,7 @@ type tx[V any] struct {
 	done   atomic.Bool
 }
 
-func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(T) (V, error), decode func(V) (T, error), equal func(prev, next V) bool) *core[T, V] {
+func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(place, T) (V, error), decode func(V) (T, error), equal func(prev, next V) bool) *core[T, V] {
 	opts.ValidateFns = maps.Clone(opts.ValidateFns)
 	c := &core[T, V]{engine: e, options: opts, encode: encode, decode: decode, equal: equal}
 	c.nilable = reflect.TypeFor[T]().Kind() == reflect.Pointer
@@ -417,6 +417,9 @@ func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(T) (V, err
 func (c *core[T, V]) View(fn func(tx Reader[T]) error) error {
 	return c.transact("view", fn == nil, func(own *error) error {
 		return c.engine.view(func(s snapshot[V]) error {
+			if _, err := s.revision(); err != nil { // SQLite takes the snapshot at the first read
+				return err
+			}
 			r := reader[T, V]{c, &tx[V]{snapshot: s}}
 			defer r.tx.done.Store(true)
 			*own = fn(r)
@@ -561,8 +564,7 @@ func (r reader[T, V]) GetAll() (map[string]map[string]T, error) {
 func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		stopped := false
-		pick := func(s snapshot[V]) (iter.Seq2[Entry[V], error], error) { return s.scan(kind, rg), nil }
-		use := func(rows iter.Seq2[Entry[V], error]) error {
+		pass := func(rows iter.Seq2[Entry[V], error]) error {
 			for found, err := range rows {
 				if err != nil {
 					return err
@@ -577,14 +579,28 @@ func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 			return nil
 		}
 		err := r.call(place{"scan", kind}, func() error {
+			var rows []Entry[V]
+			gather := func(s snapshot[V]) (err error) {
+				rows, err = collect(s.scan(kind, rg))
+				return err
+			}
+			var err error
 			switch {
 			case rg.Limit < 0:
 				return fmt.Errorf("negative limit %d", rg.Limit)
-			case r.tx == nil:
-				return over(r.c.engine.view, r.c.engine.streams(), pick, use)
+			case r.tx != nil && r.tx.change == nil:
+				return pass(r.tx.scan(kind, rg))
+			case r.tx != nil:
+				err = gather(r.tx)
+			case r.c.engine.streams():
+				return r.c.engine.view(func(s snapshot[V]) error { return pass(s.scan(kind, rg)) })
+			default:
+				err = r.c.engine.read(gather)
 			}
-			within := func(fn func(snapshot[V]) error) error { return fn(r.tx) }
-			return over(within, r.tx.change == nil, pick, use)
+			if err != nil {
+				return err
+			}
+			return pass(each(rows))
 		})
 		if err != nil && !stopped {
 			yield(Entry[T]{}, err)
@@ -616,15 +632,18 @@ func (w writer[T, V]) SetIf(kind, key string, value T, revision int64) (int64, e
 
 func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, revision int64, err error) {
 	err = w.call(at, func() error {
-		v, err := w.c.check(at[1], value)
+		v, err := w.c.check(at, value)
 		if err != nil {
 			return err
 		}
-		if w.tx == nil && want == nil && w.c.repeats.Load() && w.unchanged(at, value, v) {
-			return nil
+		if w.tx == nil && want == nil && w.c.repeats.Load() {
+			// Find out without locking other writers out.
+			if old, err := w.look(at); err == nil && old != nil && w.c.same(old.Value, value, v) {
+				return nil
+			}
 		}
 		return w.write(w.c.options.CompareFn == nil, func(t transaction[V]) (err error) {
-			result, revision, err = w.c.put(t, at[1], at[2], value, v, want)
+			result, revision, err = w.c.put(t, at, value, v, want)
 			return err
 		})
 	})
@@ -635,19 +654,9 @@ func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, rev
 	return result, revision, nil
 }
 
-// unchanged finds out that a Set changes nothing without locking out other
-// writers.
-func (w writer[T, V]) unchanged(at place, value T, v V) (same bool) {
-	_ = w.c.engine.read(func(s snapshot[V]) error {
-		old, err := s.get(at[1], at[2])
-		same = err == nil && old != nil && w.c.same(old.Value, value, v)
-		return err
-	})
-	return same
-}
-
 func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error) {
-	err = w.call(place{"setfn", kind, key}, func() error {
+	at := place{"setfn", kind, key}
+	err = w.call(at, func() error {
 		if fn == nil {
 			return errNilFunc
 		}
@@ -666,11 +675,11 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 			if value, err = fn(value); err != nil {
 				return err
 			}
-			v, err := w.c.check(kind, value)
+			v, err := w.c.check(at, value)
 			if err != nil {
 				return err
 			}
-			result, _, err := w.c.put(t, kind, key, value, v, nil)
+			result, _, err := w.c.put(t, at, value, v, nil)
 			changed = result != SetUnchanged
 			return err
 		})
@@ -687,7 +696,7 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 			at = place{"setmany", kind, key}
 			if err = at.check(); err == nil {
 				sorted[i] = values[key]
-				encoded[i], err = w.c.check(kind, sorted[i])
+				encoded[i], err = w.c.check(at, sorted[i])
 			}
 			if err != nil {
 				return err
@@ -697,10 +706,18 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 			return nil
 		}
 		return w.write(false, func(t transaction[V]) error {
+			next := make([]int64, len(keys)) // versions; 0: no change
 			for i, key := range keys {
 				at = place{"setmany", kind, key}
-				if _, _, err := w.c.put(t, kind, key, sorted[i], encoded[i], nil); err != nil {
+				if next[i], _, err = w.c.compare(t, at, sorted[i], encoded[i], nil); err != nil {
 					return err
+				}
+			}
+			for i, key := range keys {
+				if at = (place{"setmany", kind, key}); next[i] > 0 {
+					if _, err := t.put(kind, key, encoded[i], next[i]); err != nil {
+						return err
+					}
 				}
 			}
 			at = place{"setmany", kind}
@@ -714,55 +731,91 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 }
 
 func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
-	var old *Entry[V]
-	err = w.call(place{"delete", kind, key}, func() error {
-		return w.write(true, func(t transaction[V]) error {
-			if old, err = t.get(kind, key); err != nil || old == nil {
+	at := place{"delete", kind, key}
+	err = w.call(at, func() error {
+		for { // until nobody has written in between: the codec must not run in a shared transaction
+			old, err := w.look(at)
+			if err != nil || old == nil {
 				return err
 			}
-			return t.remove(old)
-		})
+			prev, _ = w.c.decode(old.Value)
+			err = w.write(true, func(t transaction[V]) error {
+				now, err := t.get(kind, key)
+				if err != nil || now == nil || now.Revision != old.Revision {
+					return err
+				}
+				existed = true
+				return t.remove(now)
+			})
+			if err != nil || existed {
+				return err
+			}
+		}
 	})
-	if err != nil || old == nil {
-		return false, prev, err
-	}
-	if value, err := w.c.decode(old.Value); err == nil {
-		prev = value
+	if err != nil || !existed {
+		var zero T
+		return false, zero, err
 	}
 	return true, prev, nil
 }
 
+// look reads an entry, within the tx if there is one.
+func (r reader[T, V]) look(at place) (e *Entry[V], err error) {
+	get := func(s snapshot[V]) error {
+		e, err = s.get(at[1], at[2])
+		return err
+	}
+	if r.tx != nil {
+		err = get(r.tx)
+	} else {
+		err = r.c.engine.read(get)
+	}
+	return e, err
+}
+
 // check is what a value has to pass before anything is written.
-func (c *core[T, V]) check(kind string, value T) (v V, err error) {
+func (c *core[T, V]) check(at place, value T) (v V, err error) {
 	if c.nilable && reflect.ValueOf(value).IsNil() {
 		return v, errors.New("value is a nil pointer")
 	}
-	if validate := c.options.ValidateFns[kind]; validate != nil {
+	if validate := c.options.ValidateFns[at[1]]; validate != nil {
 		if err := validate(value); err != nil {
 			return v, err
 		}
 	}
-	return c.encode(value)
+	return c.encode(at, value)
+}
+
+// compare returns the version that a checked value would have, or 0 if it
+// would change nothing, and the revision that it would replace.
+func (c *core[T, V]) compare(t transaction[V], at place, value T, v V, want *int64) (version, revision int64, err error) {
+	old, err := t.get(at[1], at[2])
+	if err != nil {
+		return 0, 0, err
+	}
+	if old != nil {
+		version, revision = old.Version, old.Revision
+	}
+	if want != nil && *want != revision {
+		return 0, 0, ErrConflict
+	}
+	if old != nil && c.same(old.Value, value, v) {
+		return 0, revision, nil
+	}
+	return version + 1, revision, nil
 }
 
 // put stores a checked value, if want allows it and it is a change.
-func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (SetResult, int64, error) {
-	old, err := t.get(kind, key)
-	if err != nil {
-		return SetUnchanged, 0, err
+func (c *core[T, V]) put(t transaction[V], at place, value T, v V, want *int64) (SetResult, int64, error) {
+	version, revision, err := c.compare(t, at, value, v, want)
+	if err != nil || version == 0 {
+		return SetUnchanged, revision, err
 	}
-	result := SetUpdated
-	if old == nil {
-		result, old = SetCreated, &Entry[V]{}
+	revision, err = t.put(at[1], at[2], v, version)
+	if version == 1 {
+		return SetCreated, revision, err
 	}
-	if want != nil && *want != old.Revision {
-		return SetUnchanged, 0, ErrConflict
-	}
-	if result == SetUpdated && c.same(old.Value, value, v) {
-		return SetUnchanged, old.Revision, nil
-	}
-	revision, err := t.put(kind, key, v, old.Version+1)
-	return result, revision, err
+	return SetUpdated, revision, err
 }
 
 // same compares what is stored with what is to be stored.
@@ -798,32 +851,6 @@ func (r reader[T, V]) entries(at place, pick func(snapshot[V]) iter.Seq2[Entry[V
 	return entries, nil
 }
 
-// over calls use with what pick selects of a snapshot: while it is held, if
-// that is in nobody's way, and otherwise with a copy.
-func over[V, E any](view func(func(snapshot[V]) error) error, streams bool, pick func(snapshot[V]) (iter.Seq2[E, error], error), use func(iter.Seq2[E, error]) error) error {
-	var all []E
-	err := view(func(s snapshot[V]) error {
-		seq, err := pick(s)
-		if err == nil && streams {
-			return use(seq)
-		}
-		if err == nil {
-			all, err = collect(seq)
-		}
-		return err
-	})
-	if err != nil || streams {
-		return err
-	}
-	return use(func(yield func(E, error) bool) {
-		for _, e := range all {
-			if !yield(e, nil) {
-				return
-			}
-		}
-	})
-}
-
 // collect is slices.Collect for a sequence that may end with an error.
 func collect[E any](seq iter.Seq2[E, error]) (all []E, err error) {
 	for e, err := range seq {
@@ -833,6 +860,17 @@ func collect[E any](seq iter.Seq2[E, error]) (all []E, err error) {
 		all = append(all, e)
 	}
 	return all, nil
+}
+
+// each is its counterpart.
+func each[E any](all []E) iter.Seq2[E, error] {
+	return func(yield func(E, error) bool) {
+		for _, e := range all {
+			if !yield(e, nil) {
+				return
+			}
+		}
+	}
 }
 
 var errNilFunc = errors.New("function is nil")
