@@ -33,9 +33,10 @@ type memStore[T any] struct {
 func (s *memStore[T]) Get(kind, key string) (T, bool, error) {
 	s.e.mu.RLock()
 	if k := s.e.kinds[kind]; k != nil {
-		if r, ok := k.rows[key]; ok {
+		if r := k.rows[key]; r != nil {
+			value := r.value
 			s.e.mu.RUnlock()
-			return r.value, true, nil
+			return value, true, nil
 		}
 	}
 	s.e.mu.RUnlock()
@@ -74,13 +75,12 @@ func (s *memStore[T]) update(kind, key string, value T) (SetResult, bool) {
 	if k == nil {
 		return SetUnchanged, false
 	}
-	r, ok := k.rows[key]
-	if !ok || s.equal(r.value, value) {
-		return SetUnchanged, ok
+	r := k.rows[key]
+	if r == nil || s.equal(r.value, value) {
+		return SetUnchanged, r != nil
 	}
 	s.e.newest++
-	r = memRow[T]{value, r.version + 1, s.e.newest, time.Now().UnixMilli()}
-	k.rows[key] = r
+	*r = memRow[T]{value, r.version + 1, s.e.newest, time.Now().UnixMilli()}
 	if s.e.hub.watched() {
 		s.e.hub.publish(nil, []*Event[T]{r.entry(kind, key).event(EventUpdate)})
 	}
@@ -103,13 +103,13 @@ type memRow[T any] struct {
 	millis   int64 // since 1970
 }
 
-func (r memRow[T]) entry(kind, key string) *Entry[T] {
+func (r *memRow[T]) entry(kind, key string) *Entry[T] {
 	return &Entry[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
 }
 
 // memKind is the rows of one kind, and an index of their keys.
 type memKind[T any] struct {
-	rows map[string]memRow[T] // protected by the engine's mu
+	rows map[string]*memRow[T] // protected by the engine's mu, with what is pointed at
 
 	// The index is made when somebody first needs an order, and brought up
 	// to date when somebody next does, under the engine's read lock.
@@ -165,7 +165,7 @@ type memTx[T any] struct {
 // memUndo is what a key held before a write.
 type memUndo[T any] struct {
 	kind, key string
-	row       memRow[T] // version 0: it was absent
+	row       *memRow[T] // nil: it was absent
 }
 
 func (t *memTx[T]) rollback() {
@@ -177,7 +177,7 @@ func (t *memTx[T]) rollback() {
 
 func (t *memTx[T]) get(kind, key string) (*Entry[T], error) {
 	if k := t.kinds[kind]; k != nil {
-		if r, ok := k.rows[key]; ok {
+		if r := k.rows[key]; r != nil {
 			return r.entry(kind, key), nil
 		}
 	}
@@ -203,7 +203,7 @@ func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 			if r.Descending {
 				key = keys[len(keys)-1-n]
 			}
-			if found, ok := k.rows[key]; ok {
+			if found := k.rows[key]; found != nil {
 				if r.Limit--; !yield(*found.entry(kind, key), nil) || r.Limit == 0 {
 					return
 				}
@@ -229,7 +229,7 @@ func (t *memTx[T]) keys(kind string) ([]string, error) {
 	if k == nil {
 		return []string{}, nil
 	}
-	return slices.DeleteFunc(slices.Clone(k.order()), func(key string) bool { return k.rows[key].version == 0 }), nil
+	return slices.DeleteFunc(slices.Clone(k.order()), func(key string) bool { return k.rows[key] == nil }), nil
 }
 
 func (t *memTx[T]) count(kind string) (int, error) {
@@ -255,7 +255,7 @@ func (t *memTx[T]) put(kind, key string, value T, version int64) (int64, error) 
 	if version == 1 {
 		what = EventCreate
 	}
-	r := memRow[T]{value, version, t.newest + 1, time.Now().UnixMilli()}
+	r := &memRow[T]{value, version, t.newest + 1, time.Now().UnixMilli()}
 	t.change(what, r.entry(kind, key), r)
 	return t.newest, nil
 }
@@ -263,12 +263,12 @@ func (t *memTx[T]) put(kind, key string, value T, version int64) (int64, error) 
 func (t *memTx[T]) remove(old *Entry[T]) error {
 	gone := *old
 	gone.Revision = t.newest + 1
-	t.change(EventDelete, &gone, memRow[T]{})
+	t.change(EventDelete, &gone, nil)
 	return nil
 }
 
 // change is a write that can be undone and watched.
-func (t *memTx[T]) change(what EventType, e *Entry[T], r memRow[T]) {
+func (t *memTx[T]) change(what EventType, e *Entry[T], r *memRow[T]) {
 	t.undo = append(t.undo, memUndo[T]{e.Kind, e.Key, t.replace(e.Kind, e.Key, r)})
 	t.newest++
 	if t.watched {
@@ -278,14 +278,14 @@ func (t *memTx[T]) change(what EventType, e *Entry[T], r memRow[T]) {
 
 // replace stores r under a key, or removes the key, and returns what was
 // there.
-func (e *memEngine[T]) replace(kind, key string, r memRow[T]) (old memRow[T]) {
+func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) {
 	k := e.kinds[kind]
 	if k == nil {
-		k = &memKind[T]{rows: make(map[string]memRow[T])}
+		k = &memKind[T]{rows: make(map[string]*memRow[T])}
 		e.kinds[kind] = k
 	}
 	old = k.rows[key]
-	if r.version > 0 {
+	if r != nil {
 		k.rows[key] = r
 	} else {
 		delete(k.rows, key)
@@ -294,9 +294,9 @@ func (e *memEngine[T]) replace(kind, key string, r memRow[T]) (old memRow[T]) {
 	case len(k.rows) == 0:
 		delete(e.kinds, kind)
 	case k.sorted == nil:
-	case old.version == 0:
+	case old == nil:
 		k.added = append(k.added, key)
-	case r.version == 0:
+	case r == nil:
 		k.gone++
 	}
 	if len(k.added)+k.gone > len(k.sorted)/2+64 {

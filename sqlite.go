@@ -49,8 +49,8 @@ const (
 	newest  = `(SELECT max(revision) FROM zestor_log)`
 	logSize = `length(CAST(kind AS BLOB)) + length(CAST(key AS BLOB)) + length(value) + 64` // see sizeOf
 	logEnd  = `ifnull((SELECT position + ` + logSize + ` FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
-	repair  = `revision = ` + newest + `, updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
-			WHERE kind = NEW.kind AND key = NEW.key AND NEW.revision <> ` + newest
+	repair  = `revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
+			WHERE kind = iif(NEW.revision = last_insert_rowid(), NULL, NEW.kind) AND key = NEW.key`
 
 	createLog = `
 	CREATE TABLE zestor_log (
@@ -96,7 +96,7 @@ const (
 	pollInterval = 12 * time.Millisecond // at which a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction
 	maxStmts     = 32                    // prepared statements that a connection keeps
-	maxWAL       = 8 << 20               // see limitWAL
+	maxWAL       = 12 << 20              // see limitWAL
 
 	// SQLite backs off to 100 ms between tries for a lock, and so finds a busy
 	// file never free. It gets this little time, and is asked again until
@@ -225,7 +225,7 @@ func (d *dsn) readOnly() bool { return d.mode == "ro" || d.immutable }
 // uri is what the driver is given for a connection. No two goroutines use one
 // at once, so it needs no mutex of SQLite's.
 func (d *dsn) uri() string {
-	params := fmt.Sprintf("?_mutex=no&_cache_size=-8192&_synchronous=%s&_busy_timeout=%d", d.synchronous, lockPoll.Milliseconds())
+	params := fmt.Sprintf("?_mutex=no&_synchronous=%s&_busy_timeout=%d", d.synchronous, lockPoll.Milliseconds())
 	if d.private() {
 		return ":memory:" + params
 	}
@@ -374,6 +374,7 @@ type conn struct {
 	busyTimeout time.Duration
 	stmts       []*stmt
 	cursors     int   // rows being read
+	writes      bool  // is set up to write
 	broken      bool  // not to be used again
 	err         error // SQLite's first since the connection was borrowed; nothing is run after it
 
@@ -829,6 +830,11 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		begin = "BEGIN" // a write that changes nothing needs no more
 	}
 	return s.borrow(true, func(c *conn) error {
+		if !c.writes { // with room for what a writer goes through, in KiB and in pages
+			c.exec(`PRAGMA cache_size = -8192`)
+			c.exec(`PRAGMA wal_autocheckpoint = 2000`)
+			c.writes = true
+		}
 		c.busyTimeout -= time.Since(arrived)
 		err := c.transaction(begin, func() error {
 			c.busyTimeout = s.busyTimeout
@@ -881,8 +887,9 @@ func (s *sqliteEngine) trim(c *conn) {
 
 // limitWAL empties the write-ahead log when it has become long. SQLite starts
 // it anew only at a moment when nobody reads from it, which overlapping
-// readers never leave; so this keeps others from writing until the last of
-// them has gone. If that takes too long, the log may grow some more.
+// readers never leave; so this keeps the store from writing until the last of
+// them has gone. One try waits at a place in the log that later readers keep
+// taken, so it takes several. If all is in vain, the log may grow some more.
 func (s *sqliteEngine) limitWAL(c *conn) {
 	size := func() int64 {
 		if file, err := os.Stat(s.dsn.path + "-wal"); err == nil {
@@ -894,15 +901,14 @@ func (s *sqliteEngine) limitWAL(c *conn) {
 		return
 	}
 	s.grown = 0
-	if size() >= s.walLimit {
-		c.exec(`PRAGMA busy_timeout = 2500`) // half of what others wait by default
-		c.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
-		c.err = nil                        // the commit has succeeded
-		c.exec(`PRAGMA busy_timeout = 10`) // lockPoll
-		if s.walLimit = maxWAL; size() >= maxWAL {
-			s.walLimit = 2 * size()
-		}
+	if size() < s.walLimit {
+		return
 	}
+	for start := time.Now(); size() >= maxWAL && time.Since(start) < s.busyTimeout/2; {
+		c.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
+		c.err = nil // the commit has succeeded
+	}
+	s.walLimit = max(maxWAL, 2*size())
 }
 
 // tail reads the log, at once after a commit of this store, and every
