@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -868,21 +869,22 @@ func (s *sqliteEngine) trim(c *conn) {
 	if c.wrote == 0 || s.oldest >= low {
 		return
 	}
-	last, most := int64(0), 256+2*c.wrote
-	for v := range c.rows(`SELECT revision, position FROM zestor_log ORDER BY revision`) {
-		s.oldest = asInt(v[1])
-		if most == 0 || s.oldest >= low || asInt(v[0]) == c.newest {
-			break
-		}
-		if last == 0 {
-			low += s.historyBytes / 16
-		}
-		last = asInt(v[0])
-		most--
+	first, _ := c.log(0)
+	keep := first + int64(sort.Search(int(min(256+2*int64(c.wrote), c.newest-first)), func(n int) bool {
+		_, position := c.log(first + int64(n))
+		return position >= low+s.historyBytes/16 || n == 0 && position >= low
+	}))
+	if _, s.oldest = c.log(keep); keep > first {
+		c.exec(`DELETE FROM zestor_log WHERE revision < ?`, keep)
 	}
-	if last > 0 {
-		c.exec(`DELETE FROM zestor_log WHERE revision <= ?`, last)
+}
+
+// log finds the first row of the log from a revision on.
+func (c *conn) log(from int64) (revision, position int64) {
+	if v := c.exec(`SELECT revision, position FROM zestor_log WHERE revision >= ? ORDER BY revision LIMIT 1`, from); v != nil {
+		revision, position = asInt(v[0]), asInt(v[1])
 	}
+	return revision, position
 }
 
 // limitWAL empties the write-ahead log when it has become long. SQLite starts

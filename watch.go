@@ -187,7 +187,10 @@ func (c *core[T, V]) run(w *watch[T], started chan<- error) {
 
 // replay sends the past, and says whether the watch is to go on.
 func (c *core[T, V]) replay(w *watch[T], past []Event[V]) bool {
-	for len(past) > 0 && !w.ended() {
+	for len(past) > 0 {
+		if w.ended() {
+			return false
+		}
 		some := past[:min(len(past), 16)]
 		for _, ev := range c.events(some) {
 			if !w.send(*ev) {
