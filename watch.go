@@ -104,7 +104,7 @@ func (o *watchOptions) check() error {
 }
 
 func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error) {
-	w := &watch[T]{kind: kind, ctx: ctx, done: c.hub.done, wake: make(chan struct{}, 1)}
+	w := &watch[T]{kind: kind, ctx: ctx, done: c.hub.done, wake: make(chan struct{}, 1), settle: make(chan struct{})}
 	w.limit = DefaultWatchBufferSize
 	err := c.call(place{"watch", kind}, func() error {
 		for _, opt := range opts {
@@ -121,12 +121,7 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		// A change that is sent while ch is full is seen to be delivered a
-		// moment later than it is. A small limit is exact: ch is never full.
-		w.ch = make(chan Event[T], 64)
-		if w.limit <= 1024 {
-			w.ch = make(chan Event[T], w.limit)
-		}
+		w.ch = make(chan Event[T], min(w.limit, 64))
 		started := make(chan error, 1)
 		c.hub.running.Add(1) // Close waits for this call first
 		go c.run(w, started)
@@ -253,7 +248,9 @@ func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
 		defer h.mu.Unlock()
 		for _, w := range h.watches {
 			if stop == h.stop && w.from < upTo {
-				w.stop(err, max(since, w.from))
+				w.mu.Lock()
+				w.stopLocked(err, max(since, w.from))
+				w.mu.Unlock()
 			}
 		}
 	}
@@ -328,17 +325,18 @@ func (h *hub[T]) watched() bool { return h.count.Load() > 0 }
 // after an EventError.
 type watch[T any] struct {
 	watchOptions
-	kind string
-	ctx  context.Context
-	done <-chan struct{} // the hub's
-	ch   chan Event[T]
-	from int64         // live changes come after this revision
-	wake chan struct{} // gets a token when live sleeps and has something to do
+	kind   string
+	ctx    context.Context
+	done   <-chan struct{} // the hub's
+	ch     chan Event[T]
+	from   int64         // live changes come after this revision
+	wake   chan struct{} // gets a token when there is something to do
+	settle chan struct{} // live takes from it when it has counted what it sent
 
 	mu       sync.Mutex
 	queue    []*Event[T] // protected by mu; changes that did not go into ch yet
 	sent     int         // protected by mu; changes that did
-	asleep   bool        // protected by mu; live waits for a token
+	counts   bool        // protected by mu; live has begun
 	err      error       // protected by mu; set: nothing is taken any more
 	complete int64       // protected by mu; the last revision before err
 }
@@ -350,32 +348,42 @@ func (w *watch[T]) wants(what EventType, kind, key string) bool {
 // offer queues a change, unless the watch holds too many.
 func (w *watch[T]) offer(ev *Event[T]) {
 	w.mu.Lock()
-	// What was sent last is what is left in ch.
-	full := len(w.queue)+min(w.sent, len(w.ch)) >= w.limit
-	if w.err == nil && !full {
-		w.queue = append(w.queue, ev)
-		w.rouseLocked()
+	defer w.mu.Unlock()
+	if w.fullLocked() && w.err == nil && w.counts {
+		// The consumer may have taken what live has not counted yet.
+		w.mu.Unlock()
+		select {
+		case w.settle <- struct{}{}:
+		case <-w.ctx.Done():
+		case <-w.done:
+		}
+		w.mu.Lock()
 	}
-	w.mu.Unlock()
-	if full {
-		w.stop(ErrWatchOverflow, ev.Revision-1)
+	if w.fullLocked() {
+		w.stopLocked(ErrWatchOverflow, ev.Revision-1)
+	} else if w.err == nil {
+		w.queue = append(w.queue, ev)
+		w.rouse()
 	}
 }
 
-// stop makes the watch end with err when it has delivered what it holds.
-func (w *watch[T]) stop(err error, complete int64) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+// fullLocked relies on what was sent last being what is left in ch.
+func (w *watch[T]) fullLocked() bool {
+	return len(w.queue)+min(w.sent, len(w.ch)) >= w.limit
+}
+
+// stopLocked makes the watch end with err when it has delivered what it holds.
+func (w *watch[T]) stopLocked(err error, complete int64) {
 	if w.err == nil {
 		w.err, w.complete = err, complete
-		w.rouseLocked()
+		w.rouse()
 	}
 }
 
-func (w *watch[T]) rouseLocked() {
-	if w.asleep {
-		w.asleep = false
-		w.wake <- struct{}{}
+func (w *watch[T]) rouse() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
 	}
 }
 
@@ -388,25 +396,25 @@ func (w *watch[T]) live() {
 			n++
 		}
 		rest, err, complete := w.shiftLocked(n), w.err, w.complete
-		w.asleep = len(rest) == 0 && err == nil
+		w.counts = true
 		w.mu.Unlock()
-		switch {
-		case len(rest) > 0: // the first stays in the queue, and counts, until it is sent
-			if !w.send(*rest[0]) {
-				return
-			}
+		var next Event[T]
+		var ch chan Event[T] // nil: nothing to send
+		if len(rest) > 0 {
+			ch, next = w.ch, *rest[0] // it stays in the queue, and counts, until it is sent
+		} else if err != nil {
+			w.fail(err, complete)
+			return
+		}
+		select {
+		case ch <- next:
 			w.mu.Lock()
 			w.shiftLocked(1)
 			w.mu.Unlock()
-		case err != nil:
-			w.fail(err, complete)
-			return
-		default:
-			select {
-			case <-w.wake:
-			case <-w.ctx.Done():
-			case <-w.done:
-			}
+		case <-w.wake:
+		case <-w.settle:
+		case <-w.ctx.Done():
+		case <-w.done:
 		}
 	}
 }
