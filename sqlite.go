@@ -36,9 +36,9 @@ const (
 	schemaVersion = 1
 	tableColumns  = "kind:1 key:2 value:0 version:0 updated_at:0 revision:0"
 	oldColumns    = "kind:1 key:2 value:0 version:0 updated_at:0" // of the multi-package Zestor
-	schemaObjects = 6                                             // zestor_log and the triggers
+	schemaObjects = 7                                             // zestor_log and the triggers
 	countObjects  = `SELECT count(*) FROM sqlite_schema WHERE name IN
-		('zestor_log', 'zestor_insert', 'zestor_update', 'zestor_delete', 'zestor_rename', 'zestor_keep')`
+		('zestor_log', 'zestor_insert', 'zestor_update', 'zestor_same', 'zestor_delete', 'zestor_rename', 'zestor_keep')`
 
 	createTable = `CREATE TABLE zestor_kv (
 		kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
@@ -48,10 +48,11 @@ const (
 		PRIMARY KEY (kind, key)) WITHOUT ROWID`
 
 	newest  = `(SELECT max(revision) FROM zestor_log)`
-	logSize = `length(CAST(kind AS BLOB)) + length(CAST(key AS BLOB)) + length(value) + 64` // see sizeOf
+	logSize = `length(CAST(kind AS BLOB)) + length(CAST(key AS BLOB)) + length(value) + 64` // see conn.write
 	logEnd  = `ifnull((SELECT position + ` + logSize + ` FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
-	repair  = `revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
-			WHERE kind = iif(NEW.revision = last_insert_rowid(), NULL, NEW.kind) AND key = NEW.key`
+	same    = `CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB) AND NOT (NEW.version = OLD.version + 1 AND NEW.revision > OLD.revision)`
+	repair  = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
+			WHERE key = NEW.key AND kind = iif(NEW.revision = last_insert_rowid() AND NEW.version = `
 
 	createLog = `
 	CREATE TABLE zestor_log (
@@ -61,12 +62,15 @@ const (
 		SELECT RAISE(ABORT, 'zestor: kind and key must be non-empty text')
 			WHERE typeof(NEW.kind) <> 'text' OR typeof(NEW.key) <> 'text' OR NEW.kind = '' OR NEW.key = '';
 		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'create', 1, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
-		UPDATE zestor_kv SET version = 1, ` + repair + `;
+		UPDATE zestor_kv SET version = 1` + repair + `1, NULL, NEW.kind);
 	END;
-	CREATE TRIGGER zestor_update AFTER UPDATE OF value ON zestor_kv
-	WHEN CAST(NEW.value AS BLOB) IS NOT CAST(OLD.value AS BLOB) OR NEW.revision = ` + newest + ` + 1 BEGIN
+	CREATE TRIGGER zestor_update AFTER UPDATE OF value ON zestor_kv WHEN NOT (` + same + `) BEGIN
 		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'update', OLD.version + 1, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
-		UPDATE zestor_kv SET version = OLD.version + 1, ` + repair + `;
+		UPDATE zestor_kv SET version = OLD.version + 1` + repair + `OLD.version + 1, NULL, NEW.kind);
+	END;
+	CREATE TRIGGER zestor_same AFTER UPDATE OF value ON zestor_kv WHEN ` + same + ` BEGIN
+		UPDATE zestor_kv SET version = OLD.version, revision = OLD.revision, updated_at = OLD.updated_at
+			WHERE kind = NEW.kind AND key = NEW.key;
 	END;
 	CREATE TRIGGER zestor_delete AFTER DELETE ON zestor_kv BEGIN
 		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'delete', OLD.version, OLD.kind, OLD.key, CAST(OLD.value AS BLOB));
@@ -84,7 +88,7 @@ const (
 	// can't be replayed.
 	upgradeTable = `
 	ALTER TABLE zestor_kv ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
-	UPDATE zestor_kv SET revision = number FROM
+	UPDATE zestor_kv SET revision = number, version = max(1, CAST(version AS INTEGER)) FROM
 		(SELECT kind AS k, key AS y, row_number() OVER (ORDER BY kind, key) AS number FROM zestor_kv)
 		WHERE kind = k AND key = y;
 	DROP INDEX IF EXISTS idx_kv_kind;` + createLog + `;
@@ -214,8 +218,11 @@ func parseDSN(text string) (d dsn, err error) {
 		err = errors.New("DSN required: a path, a file: URI or :memory: for none")
 	case strings.Contains(u.Path, "\x00"):
 		err = errors.New("a NUL byte in the path")
-	default:
-		d.path, err = filepath.Abs(u.Path)
+	case filepath.IsAbs(u.Path):
+		d.path = u.Path
+	default: // filepath.Abs would take .. for the parent, where it may follow a link
+		d.path, err = os.Getwd()
+		d.path += string(filepath.Separator) + u.Path
 	}
 	return d, err
 }
@@ -281,6 +288,9 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	}
 	s.idle = []*conn{c}
 	if !s.dsn.private() {
+		s.dsn.path, err = filepath.EvalSymlinks(s.dsn.path) // as SQLite does to name the WAL
+	}
+	if err == nil && !s.dsn.private() {
 		s.file, err = os.Stat(s.dsn.path)
 	}
 	if err == nil {
@@ -628,7 +638,7 @@ func (s *sqliteEngine) streams() bool { return s.wal }
 const selectEntry = `SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv `
 
 func entryOf(kind, key string, v []driver.Value) *Entry[[]byte] {
-	e := &Entry[[]byte]{kind, key, asBytes(v[0]), asInt(v[1]), asInt(v[2]), time.Time{}}
+	e := &Entry[[]byte]{kind, key, asBytes(v[0]), max(1, asInt(v[1])), asInt(v[2]), time.Time{}}
 	if at, err := time.Parse(time.RFC3339Nano, asText(v[3])); err == nil {
 		e.UpdatedAt = at.UTC().Truncate(time.Millisecond)
 	}
@@ -779,8 +789,9 @@ func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) er
 	}
 }
 
-// group commits waiting requests in one transaction. An error that ends it is
-// everybody's, one of a request itself only its own.
+// group commits waiting requests in one transaction. An error of the commit is
+// everybody's. One of a request itself is only its own: if SQLite refuses a
+// statement of it, the others line up again.
 func (s *sqliteEngine) group() {
 	var group []*request
 	next := func() *request {
@@ -810,8 +821,15 @@ func (s *sqliteEngine) group() {
 	}
 	err = s.transact(r.arrived, func(c *conn) error {
 		for limit := c.logEnd + groupBytes; ; {
-			if r.err = r.fn(c); c.err != nil || c.logEnd > limit {
+			if r.err = r.fn(c); c.err != nil {
+				s.mu.Lock()
+				s.waiting = append(group[:len(group)-1], s.waiting...)
+				s.mu.Unlock()
+				group = []*request{r}
 				return c.err
+			}
+			if c.logEnd > limit {
+				return nil
 			}
 			if r = next(); r == nil {
 				return nil
@@ -906,7 +924,7 @@ func (s *sqliteEngine) limitWAL(c *conn) {
 	if size() < s.walLimit {
 		return
 	}
-	for start := time.Now(); size() >= maxWAL && time.Since(start) < s.busyTimeout/2; {
+	for start := time.Now(); size() >= maxWAL && time.Since(start) < min(s.busyTimeout/2, 1500*time.Millisecond); {
 		c.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
 		c.err = nil // the commit has succeeded
 	}

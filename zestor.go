@@ -492,13 +492,16 @@ func query[T, V, R any](r reader[T, V], at place, fn func(snapshot[V]) (R, error
 		result, err = fn(s)
 		return err
 	}
-	err = r.call(at, func() error {
-		if r.tx != nil {
-			return once(r.tx)
-		}
-		return r.c.engine.read(once)
-	})
+	err = r.call(at, func() error { return r.read(once) })
 	return result, err
+}
+
+// read runs fn in a snapshot of its own or in the transaction that it is in.
+func (r reader[T, V]) read(fn func(snapshot[V]) error) error {
+	if r.tx != nil {
+		return fn(r.tx)
+	}
+	return r.c.engine.read(fn)
 }
 
 func (r reader[T, V]) Get(kind, key string) (value T, ok bool, err error) {
@@ -564,43 +567,41 @@ func (r reader[T, V]) GetAll() (map[string]map[string]T, error) {
 func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		stopped := false
-		pass := func(rows iter.Seq2[Entry[V], error]) error {
-			for found, err := range rows {
-				if err != nil {
+		pass := func(found *Entry[V], err error) error {
+			if err == nil {
+				stopped = !yield(r.c.entryOf("scan", found))
+			}
+			if r.tx != nil && r.tx.done.Load() { // an iter.Pull that outlived it
+				err = ErrTxDone
+			}
+			return err
+		}
+		stream := func(s snapshot[V]) error {
+			for found, err := range s.scan(kind, rg) {
+				if err = pass(&found, err); err != nil || stopped {
 					return err
-				}
-				if stopped = !yield(r.c.entryOf("scan", &found)); stopped {
-					return nil
-				}
-				if r.tx != nil && r.tx.done.Load() { // an iter.Pull that outlived it
-					return ErrTxDone
 				}
 			}
 			return nil
 		}
 		err := r.call(place{"scan", kind}, func() error {
-			var rows []Entry[V]
-			gather := func(s snapshot[V]) (err error) {
-				rows, err = collect(s.scan(kind, rg))
-				return err
-			}
-			var err error
 			switch {
 			case rg.Limit < 0:
 				return fmt.Errorf("negative limit %d", rg.Limit)
 			case r.tx != nil && r.tx.change == nil:
-				return pass(r.tx.scan(kind, rg))
-			case r.tx != nil:
-				err = gather(r.tx)
-			case r.c.engine.streams():
-				return r.c.engine.view(func(s snapshot[V]) error { return pass(s.scan(kind, rg)) })
-			default:
-				err = r.c.engine.read(gather)
+				return stream(r.tx)
+			case r.tx == nil && r.c.engine.streams():
+				return r.c.engine.view(stream)
 			}
-			if err != nil {
+			var rows []Entry[V]
+			err := r.read(func(s snapshot[V]) (err error) {
+				rows, err = collect(s.scan(kind, rg))
 				return err
+			})
+			for i := 0; i < len(rows) && err == nil && !stopped; i++ {
+				err = pass(&rows[i], nil)
 			}
-			return pass(each(rows))
+			return err
 		})
 		if err != nil && !stopped {
 			yield(Entry[T]{}, err)
@@ -761,15 +762,10 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 
 // look reads an entry, within the tx if there is one.
 func (r reader[T, V]) look(at place) (e *Entry[V], err error) {
-	get := func(s snapshot[V]) error {
+	err = r.read(func(s snapshot[V]) error {
 		e, err = s.get(at[1], at[2])
 		return err
-	}
-	if r.tx != nil {
-		err = get(r.tx)
-	} else {
-		err = r.c.engine.read(get)
-	}
+	})
 	return e, err
 }
 
@@ -860,17 +856,6 @@ func collect[E any](seq iter.Seq2[E, error]) (all []E, err error) {
 		all = append(all, e)
 	}
 	return all, nil
-}
-
-// each is its counterpart.
-func each[E any](all []E) iter.Seq2[E, error] {
-	return func(yield func(E, error) bool) {
-		for _, e := range all {
-			if !yield(e, nil) {
-				return
-			}
-		}
-	}
 }
 
 var errNilFunc = errors.New("function is nil")
