@@ -2,6 +2,7 @@ package zestor
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"database/sql/driver"
 	"errors"
@@ -12,9 +13,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"reflect"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -50,7 +49,8 @@ const (
 	newest  = `(SELECT max(revision) FROM zestor_log)`
 	logSize = `length(CAST(kind AS BLOB)) + length(CAST(key AS BLOB)) + length(value) + 64` // see conn.write
 	logEnd  = `ifnull((SELECT position + ` + logSize + ` FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
-	same    = `CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB) AND NOT (NEW.version = OLD.version + 1 AND NEW.revision > OLD.revision)`
+	same    = `CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB) AND NEW.revision <= OLD.revision`
+	after   = `max(CAST(OLD.version AS INTEGER), 1) + 1`
 	repair  = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
 			WHERE key = NEW.key AND kind = iif(NEW.revision = last_insert_rowid() AND NEW.version = `
 
@@ -65,8 +65,8 @@ const (
 		UPDATE zestor_kv SET version = 1` + repair + `1, NULL, NEW.kind);
 	END;
 	CREATE TRIGGER zestor_update AFTER UPDATE OF value ON zestor_kv WHEN NOT (` + same + `) BEGIN
-		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'update', OLD.version + 1, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
-		UPDATE zestor_kv SET version = OLD.version + 1` + repair + `OLD.version + 1, NULL, NEW.kind);
+		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'update', ` + after + `, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
+		UPDATE zestor_kv SET version = ` + after + repair + after + `, NULL, NEW.kind);
 	END;
 	CREATE TRIGGER zestor_same AFTER UPDATE OF value ON zestor_kv WHEN ` + same + ` BEGIN
 		UPDATE zestor_kv SET version = OLD.version, revision = OLD.revision, updated_at = OLD.updated_at
@@ -186,9 +186,7 @@ func parseDSN(text string) (d dsn, err error) {
 		err = fmt.Errorf("a path with a ? is ambiguous: write file:%s for parameters, or file:%s for that very name", text, u.EscapedPath())
 	}
 	params, bad := url.ParseQuery(u.RawQuery)
-	if err == nil {
-		err = bad
-	}
+	err = cmp.Or(err, bad)
 	for name, values := range params {
 		value, ok := values[len(values)-1], true
 		switch name {
@@ -276,12 +274,9 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 		return fmt.Errorf("negative BusyTimeout %v", s.busyTimeout)
 	case s.historyBytes < 0:
 		return fmt.Errorf("negative HistoryBytes %d", s.historyBytes)
-	case s.busyTimeout == 0:
-		s.busyTimeout = s.dsn.busyTimeout
 	}
-	if s.historyBytes == 0 {
-		s.historyBytes = 16 << 20
-	}
+	s.busyTimeout = cmp.Or(s.busyTimeout, s.dsn.busyTimeout)
+	s.historyBytes = cmp.Or(s.historyBytes, 16<<20)
 	c, err := s.connect()
 	if err != nil {
 		return err
@@ -451,11 +446,7 @@ func (c *conn) retry(fn func() error) (err error) {
 			return nil
 		}
 		// The driver's type for errors does not exist without cgo.
-		v := reflect.ValueOf(err)
-		if v.Kind() != reflect.Struct || !v.FieldByName("Code").CanInt() {
-			return err
-		}
-		if code := v.FieldByName("Code").Int(); code != 5 && code != 15 {
+		if text := err.Error(); !strings.HasPrefix(text, "database is locked") && !strings.HasPrefix(text, "locking protocol") {
 			return err
 		}
 		if time.Since(start) >= c.busyTimeout {
@@ -475,8 +466,7 @@ func (c *conn) query(sql string, args []driver.Value) *stmt {
 		if c.err = err; err != nil {
 			return nil
 		}
-		n = len(c.stmts)
-		c.stmts = append(c.stmts, &stmt{Stmt: prepared, sql: sql})
+		n, c.stmts = len(c.stmts), append(c.stmts, &stmt{Stmt: prepared, sql: sql})
 	}
 	st := c.stmts[n]
 	st.args = st.args[:0]
@@ -887,22 +877,14 @@ func (s *sqliteEngine) trim(c *conn) {
 	if c.wrote == 0 || s.oldest >= low {
 		return
 	}
-	first, _ := c.log(0)
-	keep := first + int64(sort.Search(int(min(256+2*int64(c.wrote), c.newest-first)), func(n int) bool {
-		_, position := c.log(first + int64(n))
-		return position >= low+s.historyBytes/16 || n == 0 && position >= low
-	}))
-	if _, s.oldest = c.log(keep); keep > first {
-		c.exec(`DELETE FROM zestor_log WHERE revision < ?`, keep)
+	if v := c.exec(`SELECT position FROM zestor_log ORDER BY revision LIMIT 1`); v != nil {
+		s.oldest = asInt(v[0])
 	}
-}
-
-// log finds the first row of the log from a revision on.
-func (c *conn) log(from int64) (revision, position int64) {
-	if v := c.exec(`SELECT revision, position FROM zestor_log WHERE revision >= ? ORDER BY revision LIMIT 1`, from); v != nil {
-		revision, position = asInt(v[0]), asInt(v[1])
+	if s.oldest < low {
+		c.exec(`DELETE FROM zestor_log WHERE revision < ?1 AND revision <= (SELECT max(revision) FROM
+			(SELECT revision, position FROM zestor_log ORDER BY revision LIMIT ?2) WHERE position < ?3)`,
+			c.newest, int64(256+2*c.wrote), low+s.historyBytes/16)
 	}
-	return revision, position
 }
 
 // limitWAL empties the write-ahead log when it has become long. SQLite starts
@@ -926,7 +908,8 @@ func (s *sqliteEngine) limitWAL(c *conn) {
 	}
 	for start := time.Now(); size() >= maxWAL && time.Since(start) < min(s.busyTimeout/2, 1500*time.Millisecond); {
 		c.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
-		c.err = nil // the commit has succeeded
+		c.err = nil              // the commit has succeeded
+		time.Sleep(lockPoll / 2) // others may write
 	}
 	s.walLimit = max(maxWAL, 2*size())
 }
@@ -947,16 +930,14 @@ func (s *sqliteEngine) tail(since int64, stop <-chan struct{}, publish func([]Ev
 		if err == nil {
 			err = s.borrow(false, func(c *conn) error {
 				for ch, err := range c.history(since) {
-					changes = append(changes, ch)
-					if size += len(ch.Value); err != nil || len(changes) == 256 || size > groupBytes {
+					if err != nil || len(changes) == 256 || size > groupBytes {
 						return err
 					}
+					changes = append(changes, ch)
+					size += len(ch.Value)
 				}
 				return nil
 			})
-		}
-		if err != nil && len(changes) > 0 {
-			changes = changes[:len(changes)-1] // what came with it
 		}
 		if len(changes) > 0 {
 			since = changes[len(changes)-1].Revision

@@ -204,31 +204,37 @@ func (c *core[T, V]) replay(w *watch[T], past []Event[V]) bool {
 // events decodes changes. It does so on a goroutine of its own, since a codec
 // may panic or call Goexit, which must end neither the watch nor the program.
 func (c *core[T, V]) events(changes []Event[V]) (events []*Event[T]) {
-	for len(events) < len(changes) {
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			defer func() {
-				if p := recover(); p != nil {
-					events[len(events)-1].Err = fmt.Errorf("zestor: watch: codec panicked: %v", p)
-				}
-			}()
-			for len(events) < len(changes) {
-				ch := &changes[len(events)]
-				ev := &Event[T]{Type: ch.Type, Kind: ch.Kind, Key: ch.Key, Version: ch.Version, Revision: ch.Revision, Err: errGoexit}
-				events = append(events, ev)
-				value, err := c.decode(ch.Value)
-				if ev.Value, ev.Err = value, err; err != nil {
-					ev.Err = place{"watch", ch.Kind, ch.Key}.fail(err)
-				}
+	add := func(value T, err error) {
+		ch := &changes[len(events)]
+		if err != nil {
+			err = place{"watch", ch.Kind, ch.Key}.fail(err)
+		}
+		events = append(events, &Event[T]{ch.Type, ch.Kind, ch.Key, value, ch.Version, ch.Revision, err})
+	}
+	decode := func(done chan<- struct{}) {
+		defer close(done)
+		failure := errors.New("codec called Goexit")
+		defer func() {
+			if p := recover(); p != nil {
+				failure = fmt.Errorf("codec panicked: %v", p)
+			}
+			if failure != nil {
+				var none T
+				add(none, failure)
 			}
 		}()
+		for len(events) < len(changes) {
+			add(c.decode(changes[len(events)].Value))
+		}
+		failure = nil
+	}
+	for len(events) < len(changes) {
+		done := make(chan struct{})
+		go decode(done)
 		<-done
 	}
 	return events
 }
-
-var errGoexit = errors.New("zestor: watch: codec called Goexit")
 
 // tail runs the engine's tail until stop is closed. Nothing is decoded that
 // nobody watches. What can't be had ends the watches that wait for it.

@@ -378,7 +378,7 @@ type core[T, V any] struct {
 	writer[T, V]
 	engine  engine[V]
 	options StoreOptions[T]
-	nilable bool                      // T is a pointer type
+	nilable bool                      // a T can be a nil pointer
 	encode  func(place, T) (V, error) // runs the codec
 	decode  func(V) (T, error)        // runs the codec
 	equal   func(prev, next V) bool   // without CompareFn
@@ -408,7 +408,8 @@ type tx[V any] struct {
 func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(place, T) (V, error), decode func(V) (T, error), equal func(prev, next V) bool) *core[T, V] {
 	opts.ValidateFns = maps.Clone(opts.ValidateFns)
 	c := &core[T, V]{engine: e, options: opts, encode: encode, decode: decode, equal: equal}
-	c.nilable = reflect.TypeFor[T]().Kind() == reflect.Pointer
+	kind := reflect.TypeFor[T]().Kind()
+	c.nilable = kind == reflect.Pointer || kind == reflect.Interface
 	c.hub.done = make(chan struct{})
 	c.c = c
 	return c
@@ -588,7 +589,7 @@ func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 			switch {
 			case rg.Limit < 0:
 				return fmt.Errorf("negative limit %d", rg.Limit)
-			case r.tx != nil && r.tx.change == nil:
+			case r.tx != nil && r.tx.change == nil && r.c.engine.streams():
 				return stream(r.tx)
 			case r.tx == nil && r.c.engine.streams():
 				return r.c.engine.view(stream)
@@ -741,6 +742,7 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 			}
 			prev, _ = w.c.decode(old.Value)
 			err = w.write(true, func(t transaction[V]) error {
+				existed = false
 				now, err := t.get(kind, key)
 				if err != nil || now == nil || now.Revision != old.Revision {
 					return err
@@ -771,8 +773,10 @@ func (r reader[T, V]) look(at place) (e *Entry[V], err error) {
 
 // check is what a value has to pass before anything is written.
 func (c *core[T, V]) check(at place, value T) (v V, err error) {
-	if c.nilable && reflect.ValueOf(value).IsNil() {
-		return v, errors.New("value is a nil pointer")
+	if c.nilable {
+		if p := reflect.ValueOf(value); p.Kind() == reflect.Pointer && p.IsNil() {
+			return v, errors.New("value is a nil pointer")
+		}
 	}
 	if validate := c.options.ValidateFns[at[1]]; validate != nil {
 		if err := validate(value); err != nil {

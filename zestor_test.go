@@ -5258,8 +5258,201 @@ func (m *modelStore[T]) Update(fn func(zestor.ReadWriter[T]) error) error {
 	return err
 }
 
-// FuzzStores runs inputs on four types of values. The first byte chooses the
-// type and the options, see fuzzRun.
+// What attacks on the library found, kept as tests.
+
+func fileStatements(t testing.TB, path string, stmts ...string) {
+	t.Helper()
+	db, err := sql.Open("sqlite3", path)
+	check(t, err)
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	for _, q := range stmts {
+		if _, err := db.Exec(q); err != nil {
+			t.Fatalf("%s: %v", q, err)
+		}
+	}
+}
+
+const fileOldTable = `CREATE TABLE zestor_kv (kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, version INTEGER NOT NULL DEFAULT 1, updated_at TEXT NOT NULL DEFAULT (STRFTIME('%Y-%m-%dT%H:%M:%fZ','now')), PRIMARY KEY(kind, key));
+CREATE INDEX idx_kv_kind ON zestor_kv(kind);`
+
+// the old program writes what is there already.
+func TestFileOldUpsert(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	s.Set("k", "a", "1")
+	before, _, _ := s.GetEntry("k", "a")
+	time.Sleep(5 * time.Millisecond)
+	fileStatements(t, path, `INSERT INTO zestor_kv (kind, key, value) VALUES ('k', 'a', CAST('"1"' AS BLOB)) ON CONFLICT(kind,key) DO UPDATE SET value=excluded.value, version=version+1, updated_at=STRFTIME('%Y-%m-%dT%H:%M:%fZ','now')`)
+	after, _, _ := s.GetEntry("k", "a")
+	if after != before {
+		t.Fatalf("a write that changed nothing made %+v of %+v", after, before)
+	}
+}
+
+// rows copied from another store.
+func TestFileCopiedRows(t *testing.T) {
+	dir := t.TempDir()
+	from := openSQLite(t, zestor.SQLiteOptions[string]{DSN: filepath.Join(dir, "from.db")})
+	for i := range 3 {
+		from.Set("k", "a", fmt.Sprint(i)) // revision 3, version 3
+	}
+	path := filepath.Join(dir, "to.db")
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	s.Set("k", "x", "1")
+	s.Set("k", "y", "1")
+	fileStatements(t, path, `ATTACH '`+filepath.Join(dir, "from.db")+`' AS f`, `INSERT INTO zestor_kv SELECT * FROM f.zestor_kv`)
+	if e, _, _ := s.GetEntry("k", "a"); e.Version != 1 {
+		t.Fatalf("a created key has %+v", e)
+	}
+}
+
+// a Set that SQLite refuses fails Sets that share its transaction.
+func TestFileGroupError(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	fileStatements(t, path, `CREATE TRIGGER nope BEFORE INSERT ON zestor_kv WHEN NEW.kind = 'bad' BEGIN SELECT RAISE(ABORT, 'nope'); END`)
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	failed := 0
+	for g := range 8 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for i := range 50 {
+				kind := "good"
+				if g == 0 {
+					kind = "bad"
+				}
+				if _, err := s.Set(kind, fmt.Sprint(g, i), "1"); err != nil && kind == "good" {
+					mu.Lock()
+					if failed++; failed == 1 {
+						t.Log(err)
+					}
+					mu.Unlock()
+				}
+			}
+		}()
+	}
+	wg.Wait()
+	if failed > 0 {
+		t.Fatalf("%d good Sets failed", failed)
+	}
+}
+
+// through a symlink the WAL is not limited.
+func TestFileSymlinkWAL(t *testing.T) {
+	for _, link := range []bool{false, true} {
+		t.Run(fmt.Sprint(link), func(t *testing.T) {
+			dir := t.TempDir()
+			real := filepath.Join(dir, "real.db")
+			dsn := real
+			if link {
+				dsn = filepath.Join(dir, "link.db")
+				check(t, os.Symlink(real, dsn))
+			}
+			s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + dsn + "?_sync=OFF"})
+			ctx, cancel := context.WithCancel(context.Background())
+			var wg sync.WaitGroup
+			for i := range 10 {
+				s.Set("k", fmt.Sprint(i), "x")
+			}
+			for range 3 { // overlapping readers
+				wg.Add(1)
+				go func() {
+					defer wg.Done()
+					for ctx.Err() == nil {
+						for range s.Scan("k", zestor.Range{}) {
+							time.Sleep(time.Millisecond)
+						}
+					}
+				}()
+			}
+			defer wg.Wait()
+			defer cancel()
+			var most int64
+			v := strings.Repeat("x", 20<<10)
+			for i := range 4000 {
+				s.Set("l", fmt.Sprint(i%10), fmt.Sprint(i, v))
+				if f, err := os.Stat(real + "-wal"); err == nil {
+					most = max(most, f.Size())
+				}
+			}
+			if most > 40<<20 {
+				t.Fatalf("the WAL grew to %d MiB", most>>20)
+			}
+		})
+	}
+}
+
+// a path is taken literally, .. behind a symlink too.
+func TestFileDotDot(t *testing.T) {
+	dir := t.TempDir()
+	check(t, os.MkdirAll(filepath.Join(dir, "real", "sub"), 0o755))
+	check(t, os.Symlink(filepath.Join(dir, "real", "sub"), filepath.Join(dir, "link")))
+	path := dir + "/link/../a.db"
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	s.Set("k", "a", "1")
+	if _, err := os.Stat(path); err != nil { // what the system finds there
+		t.Fatal(err)
+	}
+}
+
+// versions that no store writes.
+func TestFileOddVersions(t *testing.T) {
+	for _, version := range []string{"0", "-1", "'x'", "1.5"} {
+		path := filepath.Join(t.TempDir(), "a.db")
+		fileStatements(t, path, fileOldTable+`INSERT INTO zestor_kv (kind, key, value, version) VALUES ('k', 'a', CAST('"1"' AS BLOB), `+version+`)`)
+		s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+		r, err := s.Set("k", "a", "2")
+		v, _, _ := s.Get("k", "a")
+		if err != nil || v != "2" || r != zestor.SetUpdated {
+			t.Errorf("version %s: %v %v %v", version, r, err, v)
+		}
+	}
+}
+
+// replay left in the channel makes live sends block; what was delivered still counts
+func TestWatchOverflowAfterReplay(t *testing.T) {
+	for i := range 2000 {
+		s := zestor.NewMemStore[int](zestor.StoreOptions[int]{})
+		ch, err := s.Watch(context.Background(), "k", zestor.WithInitialReplay(), zestor.WithBufferSize(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Set("k", "a", 1)
+		if i%2 == 0 {
+			time.Sleep(20 * time.Microsecond)
+		}
+		<-ch // synced
+		if ev := <-ch; ev.Key != "a" {
+			t.Fatal(ev)
+		}
+		s.Set("k", "b", 2) // the watch holds nothing: limit 1 must take it
+		if ev := <-ch; ev.Type != zestor.EventCreate {
+			t.Fatalf("round %d: %v", i, ev)
+		}
+		s.Close()
+	}
+}
+
+// T an interface holding a nil pointer
+func TestNilPointerInInterface(t *testing.T) {
+	f := func(s zestor.Store[any]) {
+		defer s.Close()
+		if r, err := s.Set("k", "a", (*int)(nil)); err == nil {
+			v, _, _ := s.Get("k", "a")
+			t.Errorf("%T: %v, reads back as %#v", s, r, v)
+		}
+	}
+	f(zestor.NewMemStore[any](zestor.StoreOptions[any]{}))
+	s, _ := zestor.NewSQLiteStore[any](zestor.SQLiteOptions[any]{DSN: ":memory:"})
+	f(s)
+}
+
+// FuzzStores runs inputs on four types of values. Of the first byte, bits 0 and
+// 1 choose the type, 2 a CompareFn, 3 a codec other than JSON, 4 no WAL, 5 and 6
+// HistoryBytes, and 7 that the two stores of the file differ in that.
 func FuzzStores(f *testing.F) {
 	for seed := range 96 {
 		r := mathrand.New(mathrand.NewSource(int64(seed)))
@@ -5345,7 +5538,7 @@ func fuzzOps[T any]() []func(*fuzzer[T]) fuzzOp[T] {
 		(*fuzzer[T]).get, (*fuzzer[T]).look, (*fuzzer[T]).list, (*fuzzer[T]).scan,
 		(*fuzzer[T]).set, (*fuzzer[T]).setFn, (*fuzzer[T]).setMany, (*fuzzer[T]).setIf, (*fuzzer[T]).delete,
 		(*fuzzer[T]).view, (*fuzzer[T]).update,
-		(*fuzzer[T]).watch, (*fuzzer[T]).drain, (*fuzzer[T]).endOne, (*fuzzer[T]).reopen, (*fuzzer[T]).pull,
+		(*fuzzer[T]).watch, (*fuzzer[T]).drain, (*fuzzer[T]).endWatch, (*fuzzer[T]).reopen, (*fuzzer[T]).pull,
 	}
 }
 
@@ -5394,8 +5587,8 @@ func fuzzRun[T any](t *testing.T, data []byte, of func(int) T, number func(T) in
 			f.run(op)
 		}
 	}
-	// At the end all is read again, by a second store too, and each watch
-	// gets one more change and then ends.
+	// At the end all is read again, also by the second store of the file, and
+	// the watches get some more changes and then end.
 	f.data = []byte{1}
 	f.run(f.lookAt(fuzzKinds...))
 	f.run(func(s zestor.ReadWriter[T], say func(...any)) {
@@ -6004,7 +6197,7 @@ func (f *fuzzer[T]) drain() fuzzOp[T] {
 	return nil
 }
 
-func (f *fuzzer[T]) endOne() fuzzOp[T] {
+func (f *fuzzer[T]) endWatch() fuzzOp[T] {
 	if n := f.byte(); len(f.watches) > 0 {
 		f.end(fuzzPick(n, f.watches))
 	}
@@ -6068,16 +6261,12 @@ func (f *fuzzer[T]) received(w *fuzzWatch[T], ev zestor.Event[T], want []zestor.
 		}
 		return true
 	}
-	missed := slices.ContainsFunc(f.model.changes[max(w.pos, 0):max(w.pos, ev.Revision, 0)], w.wants)
-	may, _ := f.trimmed(ev.Revision)
-	switch {
-	case w.got < len(w.replay) || ev.Revision < w.pos || missed:
-	case errors.Is(ev.Err, zestor.ErrWatchOverflow) && w.full >= 0 && w.got >= w.full:
+	overflow := errors.Is(ev.Err, zestor.ErrWatchOverflow) && w.full >= 0 && w.got >= w.full
+	trimmed, _ := f.trimmed(ev.Revision)
+	compacted := errors.Is(ev.Err, zestor.ErrCompacted) && w.target != f.memory && trimmed
+	replayed := w.got >= len(w.replay) && ev.Revision >= w.pos && ev.Revision <= int64(len(f.model.changes))
+	if replayed && (overflow || compacted) && !slices.ContainsFunc(f.model.changes[w.pos:ev.Revision], w.wants) {
 		w.ended, w.pos = true, ev.Revision
-	case errors.Is(ev.Err, zestor.ErrCompacted) && w.target != f.memory && may:
-		w.ended, w.pos = true, ev.Revision
-	}
-	if w.ended {
 		return false
 	}
 	f.fatalf("%s\nends with %+v after %d of %+v, its limit reached after %d", w.name, ev, w.got, want, w.full)
