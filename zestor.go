@@ -50,9 +50,11 @@
 //
 // # Caveats
 //
-// There is one writer at a time. A Scan, View or replay that takes long keeps
-// SQLite from reusing its write-ahead log, which grows meanwhile. Whoever
-// stops reading a watch's channel should end its context.
+// There is one writer at a time. A Scan or View that takes long keeps SQLite
+// from reusing its write-ahead log, which grows meanwhile, and may hold up a
+// writer for a second or so. A watch keeps in memory what it is yet to replay.
+// Whoever stops reading its channel should end its context. Of floats, 0 and
+// -0 are equal in memory and have different encodings.
 package zestor
 
 import (
