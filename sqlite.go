@@ -283,9 +283,6 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	}
 	s.idle = []*conn{c}
 	if !s.dsn.private() {
-		s.dsn.path, err = filepath.EvalSymlinks(s.dsn.path) // as SQLite does to name the WAL
-	}
-	if err == nil && !s.dsn.private() {
 		s.file, err = os.Stat(s.dsn.path)
 	}
 	if err == nil {
@@ -625,10 +622,10 @@ func (s *sqliteEngine) view(fn func(snapshot[[]byte]) error) error {
 
 func (s *sqliteEngine) streams() bool { return s.wal }
 
-const selectEntry = `SELECT CAST(value AS BLOB), version, revision, updated_at, kind, key FROM zestor_kv `
+const selectEntry = `SELECT CAST(value AS BLOB), version, revision, updated_at, key FROM zestor_kv `
 
-func entryOf(kind, key string, v []driver.Value) *Entry[[]byte] {
-	e := &Entry[[]byte]{kind, key, asBytes(v[0]), max(1, asInt(v[1])), asInt(v[2]), time.Time{}}
+func entryOf(kind, key string, v []driver.Value) Entry[[]byte] {
+	e := Entry[[]byte]{kind, key, asBytes(v[0]), max(1, asInt(v[1])), asInt(v[2]), time.Time{}}
 	if at, err := time.Parse(time.RFC3339Nano, asText(v[3])); err == nil {
 		e.UpdatedAt = at.UTC().Truncate(time.Millisecond)
 	}
@@ -640,7 +637,8 @@ func (c *conn) get(kind, key string) (*Entry[[]byte], error) {
 	if v == nil {
 		return nil, c.err
 	}
-	return entryOf(kind, key, v), nil
+	e := entryOf(kind, key, v)
+	return &e, nil
 }
 
 func (c *conn) scan(kind string, r Range) iter.Seq2[Entry[[]byte], error] {
@@ -656,15 +654,22 @@ func (c *conn) scan(kind string, r Range) iter.Seq2[Entry[[]byte], error] {
 	if r.Descending {
 		sql = selectEntry + `WHERE kind = ? AND key >= ? AND key < ? ORDER BY key DESC LIMIT ?`
 	}
-	return c.entries(sql, kind, lo, to, int64(r.Limit))
+	return c.entries(kind, sql, kind, lo, to, int64(r.Limit))
 }
 
-func (c *conn) all() iter.Seq2[Entry[[]byte], error] { return c.entries(selectEntry) }
+func (c *conn) all() iter.Seq2[Entry[[]byte], error] {
+	return c.entries("", `SELECT CAST(value AS BLOB), version, revision, updated_at, key, kind FROM zestor_kv`)
+}
 
-func (c *conn) entries(sql string, args ...driver.Value) iter.Seq2[Entry[[]byte], error] {
+// entries takes the kind from the last column if it is not given.
+func (c *conn) entries(kind, sql string, args ...driver.Value) iter.Seq2[Entry[[]byte], error] {
 	return func(yield func(Entry[[]byte], error) bool) {
 		for v := range c.rows(sql, args...) {
-			if !yield(*entryOf(asText(v[4]), asText(v[5]), v), nil) {
+			k := kind
+			if kind == "" {
+				k = asText(v[5])
+			}
+			if !yield(entryOf(k, asText(v[4]), v), nil) {
 				return
 			}
 		}
@@ -709,7 +714,8 @@ func (c *conn) history(since int64) iter.Seq2[Event[[]byte], error] {
 	return func(yield func(Event[[]byte], error) bool) {
 		for v := range c.rows(`SELECT value, version, revision, NULL, kind, key, type FROM zestor_log
 			WHERE revision > ? ORDER BY revision`, since) {
-			ch := *entryOf(asText(v[4]), asText(v[5]), v).event(EventType(asText(v[6])))
+			e := entryOf(asText(v[4]), asText(v[5]), v)
+			ch := *e.event(EventType(asText(v[6])))
 			var err error
 			if since++; ch.Revision != since {
 				err = gapError(ch.Revision - 1)
@@ -893,16 +899,17 @@ func (s *sqliteEngine) trim(c *conn) {
 // them has gone. One try waits at a place in the log that later readers keep
 // taken, so it takes several. If all is in vain, the log may grow some more.
 func (s *sqliteEngine) limitWAL(c *conn) {
-	size := func() int64 {
-		if file, err := os.Stat(s.dsn.path + "-wal"); err == nil {
-			return file.Size()
-		}
-		return 0
-	}
 	if s.grown < maxWAL/16 || !s.wal {
 		return
 	}
 	s.grown = 0
+	path, _ := filepath.EvalSymlinks(s.dsn.path) // as SQLite does to name the log
+	size := func() int64 {
+		if file, err := os.Stat(path + "-wal"); err == nil {
+			return file.Size()
+		}
+		return 0
+	}
 	if size() < s.walLimit {
 		return
 	}
