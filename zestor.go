@@ -133,7 +133,7 @@ type Reader[T any] interface {
 	// An entry whose value cannot be decoded comes with the error, and the
 	// iteration goes on. Any other error comes with a zero Entry and ends it.
 	//
-	// A SQLite file in WAL mode streams in constant memory, and so does View.
+	// A SQLite file in WAL mode streams in constant memory, in View too.
 	// In Update, in ":memory:", without WAL and in the memory store what r
 	// selects is collected first.
 	Scan(kind string, r Range) iter.Seq2[Entry[T], error]
