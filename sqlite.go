@@ -310,6 +310,7 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 		err = errors.New("not a Zestor file of this version: it would have to be made or upgraded, and is opened read-only")
 	}
 	if err == nil && script != "" {
+		c.exec("PRAGMA page_size = 2048")
 		err = c.transaction("BEGIN IMMEDIATE", func() error {
 			script, err := c.inspect() // another process may have been faster
 			if err == nil && script != "" {
@@ -847,7 +848,7 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	return s.borrow(true, func(c *conn) error {
 		if !c.writes { // with room for what a writer goes through, in KiB and in pages
 			c.exec(`PRAGMA cache_size = -8192`)
-			c.exec(`PRAGMA wal_autocheckpoint = 2000`)
+			c.exec(`PRAGMA wal_autocheckpoint = 4000`)
 			c.writes = true
 		}
 		c.busyTimeout -= time.Since(arrived)
@@ -887,9 +888,9 @@ func (s *sqliteEngine) trim(c *conn) {
 		s.oldest = asInt(v[0])
 	}
 	if s.oldest < low {
-		c.exec(`DELETE FROM zestor_log WHERE revision < ?1 AND revision <= (SELECT max(revision) FROM
-			(SELECT revision, position FROM zestor_log ORDER BY revision LIMIT ?2) WHERE position < ?3)`,
-			c.newest, int64(256+2*c.wrote), low+s.historyBytes/16)
+		c.exec(`DELETE FROM zestor_log WHERE revision <= (SELECT max(revision) FROM
+			(SELECT revision, position FROM zestor_log ORDER BY revision LIMIT ?) WHERE position < ?)`,
+			int64(256+2*c.wrote), low+s.historyBytes/16)
 	}
 }
 
