@@ -59,10 +59,10 @@ func (c funcCodec) Unmarshal(data []byte, v any) error {
 
 // encoder returns what encodes a T. It never returns nil for a value, since a
 // file tells an empty encoding from none.
-func encoder[T any](codec Codec, maxSize int) func(place, T) ([]byte, error) {
-	return func(at place, value T) ([]byte, error) {
+func encoder[T any](codec Codec, maxSize int) func(string, string, T) ([]byte, error) {
+	return func(kind, key string, value T) ([]byte, error) {
 		data, err := codec.Marshal(value)
-		if size := len(at[1]) + len(at[2]) + len(data); err == nil && size > maxSize {
+		if size := len(kind) + len(key) + len(data); err == nil && size > maxSize {
 			err = fmt.Errorf("too big: %d bytes, where SQLite takes at most %d", size, maxSize)
 		}
 		if data == nil {

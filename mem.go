@@ -16,7 +16,7 @@ import (
 // Update hold the store's lock while their function runs.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
-	encode := func(_ place, value T) (T, error) { return value, nil }
+	encode := func(_, _ string, value T) (T, error) { return value, nil }
 	decode := func(value T) (T, error) { return value, nil }
 	c := newCore(e, opts, encode, decode, equality[T]())
 	e.hub = &c.hub
@@ -111,12 +111,12 @@ func (r *memRow[T]) entry(kind, key string) *Entry[T] {
 type memKind[T any] struct {
 	rows map[string]*memRow[T] // protected by the engine's mu, with what is pointed at
 
-	// The index is made when somebody first needs an order, and brought up
-	// to date when somebody next does, under the engine's read lock.
+	// The index is made when somebody needs an order, under the engine's read
+	// lock. Keys that come and go are then moved in and out, until that has
+	// been done so often in vain that sorting anew costs no more.
 	index  sync.Mutex
-	sorted []string // protected by index; nil: not made yet. It may name keys that are gone.
-	added  []string // protected by index; new keys that are not in sorted yet
-	gone   int      // protected by index; how many keys were deleted since sorted was made
+	sorted []string // protected by index; nil: not made
+	moved  int      // protected by index; keys since somebody last needed the order
 }
 
 func (e *memEngine[T]) read(fn func(snapshot[T]) error) error {
@@ -129,7 +129,8 @@ func (e *memEngine[T]) view(fn func(snapshot[T]) error) error { return e.read(fn
 
 func (e *memEngine[T]) streams() bool { return false }
 
-func (e *memEngine[T]) tail(int64, <-chan struct{}, func([]Event[T]) bool, func(int64, int64, error)) {
+func (e *memEngine[T]) tail(int64, <-chan struct{}) iter.Seq2[[]Event[T], error] {
+	return func(func([]Event[T], error) bool) {}
 }
 
 func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
@@ -158,19 +159,13 @@ func (e *memEngine[T]) close() error {
 type memTx[T any] struct {
 	*memEngine[T]
 	watched bool
-	undo    []memUndo[T]
+	undo    []func()
 	changes []*Event[T] // while somebody watches
 }
 
-// memUndo is what a key held before a write.
-type memUndo[T any] struct {
-	kind, key string
-	row       *memRow[T] // nil: it was absent
-}
-
 func (t *memTx[T]) rollback() {
-	for _, u := range slices.Backward(t.undo) {
-		t.replace(u.kind, u.key, u.row)
+	for _, undo := range slices.Backward(t.undo) {
+		undo()
 	}
 	t.newest -= int64(len(t.undo))
 }
@@ -203,10 +198,8 @@ func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 			if r.Descending {
 				key = keys[len(keys)-1-n]
 			}
-			if found := k.rows[key]; found != nil {
-				if r.Limit--; !yield(*found.entry(kind, key), nil) || r.Limit == 0 {
-					return
-				}
+			if r.Limit--; !yield(*k.rows[key].entry(kind, key), nil) || r.Limit == 0 {
+				return
 			}
 		}
 	}
@@ -225,11 +218,11 @@ func (t *memTx[T]) all() iter.Seq2[Entry[T], error] {
 }
 
 func (t *memTx[T]) keys(kind string) ([]string, error) {
-	k := t.kinds[kind]
-	if k == nil {
-		return []string{}, nil
+	keys := []string{}
+	if k := t.kinds[kind]; k != nil {
+		keys = append(keys, k.order()...)
 	}
-	return slices.DeleteFunc(slices.Clone(k.order()), func(key string) bool { return k.rows[key] == nil }), nil
+	return keys, nil
 }
 
 func (t *memTx[T]) count(kind string) (int, error) {
@@ -250,14 +243,14 @@ func (t *memTx[T]) history(since int64) iter.Seq2[Event[T], error] {
 	}
 }
 
-func (t *memTx[T]) put(kind, key string, value T, version int64) (int64, error) {
+func (t *memTx[T]) put(kind, key string, value T, version int64) error {
 	what := EventUpdate
 	if version == 1 {
 		what = EventCreate
 	}
 	r := &memRow[T]{value, version, t.newest + 1, time.Now().UnixMilli()}
 	t.change(what, r.entry(kind, key), r)
-	return t.newest, nil
+	return nil
 }
 
 func (t *memTx[T]) remove(old *Entry[T]) error {
@@ -269,7 +262,8 @@ func (t *memTx[T]) remove(old *Entry[T]) error {
 
 // change is a write that can be undone and watched.
 func (t *memTx[T]) change(what EventType, e *Entry[T], r *memRow[T]) {
-	t.undo = append(t.undo, memUndo[T]{e.Kind, e.Key, t.replace(e.Kind, e.Key, r)})
+	old := t.replace(e.Kind, e.Key, r)
+	t.undo = append(t.undo, func() { t.replace(e.Kind, e.Key, old) })
 	t.newest++
 	if t.watched {
 		t.changes = append(t.changes, e.event(what))
@@ -290,50 +284,37 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 	} else {
 		delete(k.rows, key)
 	}
-	switch {
-	case len(k.rows) == 0:
+	if len(k.rows) == 0 {
 		delete(e.kinds, kind)
-	case k.sorted == nil:
-	case old == nil:
-		k.added = append(k.added, key)
-	case r == nil:
-		k.gone++
-	}
-	if len(k.added)+k.gone > len(k.sorted)/2+64 {
-		k.sorted, k.added, k.gone = nil, nil, 0 // no better than a new one
+	} else if k.sorted != nil && (old == nil || r == nil) {
+		k.move(key)
 	}
 	return old
 }
 
-// order returns the keys in order, and some that are gone. It must not be used
-// after the engine is unlocked.
+// order returns the keys in order. It must not be used after the engine is
+// unlocked.
 func (k *memKind[T]) order() []string {
 	k.index.Lock()
 	defer k.index.Unlock()
 	if k.sorted == nil {
 		k.sorted = slices.Sorted(maps.Keys(k.rows))
 	}
-	if len(k.added) == 0 {
-		return k.sorted
-	}
-	// Merge from the end, so that only what lies behind the new keys moves.
-	slices.Sort(k.added)
-	from, to := len(k.sorted)-1, len(k.sorted)+len(k.added)-1
-	k.sorted = append(k.sorted, k.added...)
-	for n := len(k.added) - 1; n >= 0; to-- {
-		if from >= 0 && k.sorted[from] > k.added[n] {
-			k.sorted[to] = k.sorted[from]
-			from--
-		} else {
-			k.sorted[to] = k.added[n]
-			n--
-		}
-	}
-	k.added = k.added[:0]
-	if k.gone > 0 {
-		k.sorted = slices.Compact(k.sorted) // deleted and created again
-	}
+	k.moved = 0
 	return k.sorted
+}
+
+// move brings a key into the index, or out of it.
+func (k *memKind[T]) move(key string) {
+	n, found := slices.BinarySearch(k.sorted, key)
+	switch k.moved++; {
+	case k.moved > 1000:
+		k.sorted = nil
+	case found:
+		k.sorted = slices.Delete(k.sorted, n, n+1)
+	default:
+		k.sorted = slices.Insert(k.sorted, n, key)
+	}
 }
 
 // equality returns reflect.DeepEqual, or == where that is the same.

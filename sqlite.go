@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"math"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -46,12 +45,13 @@ const (
 		revision INTEGER NOT NULL DEFAULT 0,
 		PRIMARY KEY (kind, key)) WITHOUT ROWID`
 
-	newest  = `(SELECT max(revision) FROM zestor_log)`
-	logSize = `length(CAST(kind AS BLOB)) + length(CAST(key AS BLOB)) + length(value) + 64` // see conn.write
-	logEnd  = `ifnull((SELECT position + ` + logSize + ` FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
-	same    = `CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB) AND NEW.revision <= OLD.revision`
-	after   = `max(CAST(OLD.version AS INTEGER), 1) + 1`
-	repair  = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
+	newest       = `(SELECT max(revision) FROM zestor_log)`
+	nextRevision = `(SELECT ifnull(max(revision), 0) + 1 FROM zestor_log)`
+	logSize      = `length(CAST(kind AS BLOB)) + length(CAST(key AS BLOB)) + length(value) + 64` // see conn.write
+	logEnd       = `ifnull((SELECT position + ` + logSize + ` FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
+	same         = `CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB) AND NEW.revision <= OLD.revision`
+	after        = `max(CAST(OLD.version AS INTEGER), 1) + 1`
+	repair       = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
 			WHERE key = NEW.key AND kind = iif(NEW.revision = last_insert_rowid() AND NEW.version = `
 
 	createLog = `
@@ -152,7 +152,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 	if opts.Codec == nil {
 		opts.Codec = JSON{}
 	}
-	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes, oldest: -1, walLimit: maxWAL,
+	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes, walLimit: maxWAL,
 		slots: make(chan struct{}, readers), turn: make(chan struct{}, 1), wake: make(chan struct{}, 1)}
 	if err := e.open(opts.DSN, opts.DisableWAL); err != nil {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", printable(opts.DSN, len(opts.DSN)), err))
@@ -254,14 +254,13 @@ type sqliteEngine struct {
 	slots        chan struct{} // holds a token for each short read under way
 	turn         chan struct{} // holds a token while somebody writes
 	wake         chan struct{} // holds a token after a commit, for the tail
-	gate         sync.RWMutex
+	gate         sync.Mutex
 
 	mu      sync.Mutex
 	idle    []*conn    // protected by mu
 	waiting []*request // protected by mu; writes that may share a transaction
 
-	oldest   int64 // for whose turn it is: position of the log's oldest row as far as known, or -1
-	grown    int64 // the same: what may have gone into the WAL since its size was looked at
+	grown    int64 // for whose turn it is: what may have gone into the WAL since its size was looked at
 	walLimit int64 // the same: the size at which to empty it
 }
 
@@ -382,21 +381,17 @@ type conn struct {
 	broken      bool  // not to be used again
 	err         error // SQLite's first since the connection was borrowed; nothing is run after it
 
-	newest int64 // revision of the newest change
-	logEnd int64 // size of all that was ever logged, in bytes
-	wrote  int   // changes in this transaction
+	logged int64 // bytes, in this transaction
 	now    string
 }
 
-// stmt is a prepared statement, and where it stands.
+// stmt is a prepared statement.
 type stmt struct {
 	driver.Stmt
-	sql   string
-	args  []driver.NamedValue
-	rows  driver.Rows
-	row   []driver.Value
-	busy  bool // being read
-	large bool // had arguments so large, of which the driver keeps a copy, that it is not kept
+	sql  string
+	args []driver.NamedValue
+	row  []driver.Value
+	busy bool // being read
 }
 
 // connect opens a connection to the file that was opened first.
@@ -453,93 +448,87 @@ func (c *conn) retry(fn func() error) (err error) {
 	}
 }
 
-// query starts a statement, which must be ended, or sets c.err.
-func (c *conn) query(sql string, args []driver.Value) *stmt {
+// rows runs a statement and yields its rows; c.err says afterwards whether
+// that were all. The slice is reused, its values are not.
+func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
+	return func(yield func([]driver.Value) bool) {
+		st := c.prepared(sql)
+		if st == nil {
+			return
+		}
+		large := false
+		st.args = st.args[:0]
+		for i, arg := range args {
+			st.args = append(st.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
+			large = large || len(asBytes(arg))+len(asText(arg)) > groupBytes
+		}
+		var rows driver.Rows
+		run := func() (err error) {
+			rows, err = st.Stmt.(driver.StmtQueryContext).QueryContext(context.Background(), st.args)
+			return err
+		}
+		if c.err = run(); c.err != nil {
+			c.err = c.retry(run)
+		}
+		clear(st.args)
+		if c.err != nil {
+			return
+		}
+		st.busy = true
+		c.cursors++
+		defer func() {
+			rows.Close()
+			st.busy = false
+			c.cursors--
+			if large || len(c.stmts) > maxStmts { // the driver keeps a copy of the arguments
+				st.Close()
+				c.stmts = slices.DeleteFunc(c.stmts, func(other *stmt) bool { return other == st })
+			}
+		}()
+		if st.row == nil {
+			st.row = make([]driver.Value, len(rows.Columns()))
+		}
+		for {
+			err := rows.Next(st.row)
+			if err != nil && err != io.EOF {
+				c.err = err
+			}
+			if err != nil || !yield(st.row) || c.err != nil {
+				return
+			}
+		}
+	}
+}
+
+// prepared returns a statement that is not in use, or nil after an error.
+func (c *conn) prepared(sql string) *stmt {
 	if c.err != nil {
 		return nil
 	}
-	n := slices.IndexFunc(c.stmts, func(st *stmt) bool { return st.sql == sql && !st.busy })
-	if n < 0 {
-		prepared, err := c.Prepare(sql)
-		if c.err = err; err != nil {
-			return nil
-		}
-		n, c.stmts = len(c.stmts), append(c.stmts, &stmt{Stmt: prepared, sql: sql})
-	}
-	st := c.stmts[n]
-	st.args = st.args[:0]
-	for i, arg := range args {
-		st.args = append(st.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
-		st.large = st.large || len(asBytes(arg))+len(asText(arg)) > groupBytes
-	}
-	start := st.Stmt.(driver.StmtQueryContext).QueryContext
-	if st.rows, c.err = start(context.Background(), st.args); c.err != nil {
-		c.err = c.retry(func() (err error) {
-			st.rows, err = start(context.Background(), st.args)
-			return err
-		})
-	}
-	clear(st.args)
-	if st.row == nil && c.err == nil {
-		st.row = make([]driver.Value, len(st.rows.Columns()))
-	}
-	st.busy = true
-	c.cursors++
-	return st
-}
-
-// next reads a row into st.row. The slice is reused, its values are not.
-func (c *conn) next(st *stmt) bool {
-	if c.err != nil {
-		return false
-	}
-	err := st.rows.Next(st.row)
-	if err != nil && err != io.EOF {
-		c.err = err
-	}
-	return err == nil
-}
-
-func (c *conn) end(st *stmt) {
-	if st == nil {
-		return
-	}
-	if st.rows != nil {
-		st.rows.Close()
-		st.rows = nil
-	}
-	st.busy = false
-	c.cursors--
-	if st.large || len(c.stmts) > maxStmts {
-		st.Close()
-		c.stmts = slices.DeleteFunc(c.stmts, func(other *stmt) bool { return other == st })
-	}
-}
-
-// rows runs a statement and yields its rows; c.err says afterwards whether
-// that were all.
-func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
-	return func(yield func([]driver.Value) bool) {
-		st := c.query(sql, args)
-		defer c.end(st)
-		for c.next(st) && yield(st.row) {
+	for _, st := range c.stmts {
+		if st.sql == sql && !st.busy {
+			return st
 		}
 	}
+	var st driver.Stmt
+	if st, c.err = c.Prepare(sql); c.err != nil {
+		return nil
+	}
+	c.stmts = append(c.stmts, &stmt{Stmt: st, sql: sql})
+	return c.stmts[len(c.stmts)-1]
 }
 
 // exec runs a statement and returns its first row, if it has any.
-func (c *conn) exec(sql string, args ...driver.Value) (row []driver.Value) {
-	st := c.query(sql, args)
-	if c.next(st) {
-		row = st.row
+func (c *conn) exec(sql string, args ...driver.Value) (first []driver.Value) {
+	for row := range c.rows(sql, args...) {
+		first = row
+		break
 	}
-	c.end(st)
-	return row
+	return first
 }
 
 // transaction commits if fn returns nil.
 func (c *conn) transaction(begin string, fn func() error) (err error) {
-	c.wrote = 0
 	if c.exec(begin); c.err != nil {
 		return c.err
 	}
@@ -572,16 +561,11 @@ func asInt(v driver.Value) int64    { n, _ := v.(int64); return n }
 func asText(v driver.Value) string  { text, _ := v.(string); return text }
 func asBytes(v driver.Value) []byte { data, _ := v.([]byte); return data }
 
-// borrow lends fn a connection, to write if it is fn's turn.
-func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
-	switch {
-	case s.wal:
-	case write || s.dsn.private():
+// borrow lends fn a connection.
+func (s *sqliteEngine) borrow(fn func(*conn) error) (err error) {
+	if !s.wal {
 		s.gate.Lock()
 		defer s.gate.Unlock()
-	default:
-		s.gate.RLock()
-		defer s.gate.RUnlock()
 	}
 	var c *conn
 	s.mu.Lock()
@@ -611,12 +595,12 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 func (s *sqliteEngine) read(fn func(snapshot[[]byte]) error) error {
 	s.slots <- struct{}{}
 	defer func() { <-s.slots }()
-	return s.borrow(false, func(c *conn) error { return fn(c) })
+	return s.borrow(func(c *conn) error { return fn(c) })
 }
 
 // view needs no slot, since it may last, and others may begin inside.
 func (s *sqliteEngine) view(fn func(snapshot[[]byte]) error) error {
-	return s.borrow(false, func(c *conn) error {
+	return s.borrow(func(c *conn) error {
 		return c.transaction("BEGIN", func() error { return fn(c) })
 	})
 }
@@ -695,21 +679,12 @@ func (c *conn) count(kind string) (n int, err error) {
 	return n, c.err
 }
 
-// revision also finds the end of the log.
-func (c *conn) revision() (int64, error) {
-	c.newest, c.logEnd = 0, 0
-	for v := range c.rows(`SELECT revision, position + ` + logSize + ` FROM zestor_log ORDER BY revision DESC LIMIT 1`) {
-		c.newest, c.logEnd = asInt(v[0]), asInt(v[1])
+func (c *conn) revision() (n int64, err error) {
+	for v := range c.rows(`SELECT max(revision) FROM zestor_log`) {
+		n = asInt(v[0])
 	}
-	return c.newest, c.err
+	return n, c.err
 }
-
-// A gapError is ErrCompacted at a gap in the log. It is the revision after
-// which the log goes on.
-type gapError int64
-
-func (gapError) Error() string        { return ErrCompacted.Error() }
-func (gapError) Is(target error) bool { return target == ErrCompacted }
 
 func (c *conn) history(since int64) iter.Seq2[Event[[]byte], error] {
 	return func(yield func(Event[[]byte], error) bool) {
@@ -733,26 +708,23 @@ func (c *conn) history(since int64) iter.Seq2[Event[[]byte], error] {
 	}
 }
 
-func (c *conn) put(kind, key string, value []byte, version int64) (int64, error) {
-	sql := `UPDATE zestor_kv SET value = ?3, version = ?4, updated_at = ?5, revision = ?6 WHERE kind = ?1 AND key = ?2`
+func (c *conn) put(kind, key string, value []byte, version int64) error {
+	sql := `UPDATE zestor_kv SET value = ?3, version = ?4, updated_at = ?5, revision = ` + nextRevision + ` WHERE kind = ?1 AND key = ?2`
 	if version == 1 {
-		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ?)`
+		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ` + nextRevision + `)`
 	}
-	return c.write(kind, key, value, sql, kind, key, value, version, c.now, c.newest+1)
+	return c.write(kind, key, value, sql, kind, key, value, version, c.now)
 }
 
 func (c *conn) remove(old *Entry[[]byte]) error {
-	_, err := c.write(old.Kind, old.Key, old.Value, `DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
-	return err
+	return c.write(old.Kind, old.Key, old.Value, `DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
 }
 
 // write runs a statement, and counts what a trigger logs of it.
-func (c *conn) write(kind, key string, value []byte, sql string, args ...driver.Value) (int64, error) {
+func (c *conn) write(kind, key string, value []byte, sql string, args ...driver.Value) error {
 	c.exec(sql, args...)
-	c.newest++
-	c.logEnd += int64(len(kind) + len(key) + len(value) + 64) // as logSize does
-	c.wrote++
-	return c.newest, c.err
+	c.logged += int64(len(kind) + len(key) + len(value) + 64) // as logSize does
+	return c.err
 }
 
 // A request is a write that may share a transaction with others.
@@ -766,13 +738,12 @@ type request struct {
 // write waits for its turn. Shared writes are group commit: whose turn it is
 // does the work of all that wait, and they return with it.
 func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) error {
+	r := &request{fn, time.Now(), nil, make(chan struct{})}
 	if !shared {
-		arrived := time.Now()
 		s.turn <- struct{}{}
 		defer func() { <-s.turn }()
-		return s.transact(arrived, func(c *conn) error { return fn(c) })
+		return s.transact(r.arrived, func(c *conn) error { return fn(c) })
 	}
-	r := &request{fn, time.Now(), nil, make(chan struct{})}
 	s.mu.Lock()
 	s.waiting = append(s.waiting, r)
 	s.mu.Unlock()
@@ -817,7 +788,7 @@ func (s *sqliteEngine) group() {
 		return // somebody else did it all
 	}
 	err = s.transact(r.arrived, func(c *conn) error {
-		for limit := c.logEnd + groupBytes; ; {
+		for ; r != nil; r = next() {
 			if r.err = r.fn(c); c.err != nil {
 				s.mu.Lock()
 				s.waiting = append(group[:len(group)-1], s.waiting...)
@@ -825,13 +796,11 @@ func (s *sqliteEngine) group() {
 				group = []*request{r}
 				return c.err
 			}
-			if c.logEnd > limit {
-				return nil
-			}
-			if r = next(); r == nil {
-				return nil
+			if c.logged > groupBytes {
+				break
 			}
 		}
+		return nil
 	})
 }
 
@@ -845,32 +814,29 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	if s.dsn.readOnly() {
 		begin = "BEGIN" // a write that changes nothing needs no more
 	}
-	return s.borrow(true, func(c *conn) error {
+	return s.borrow(func(c *conn) error {
 		if !c.writes { // with room for what a writer goes through, in KiB and in pages
 			c.exec(`PRAGMA cache_size = -8192`)
 			c.exec(`PRAGMA wal_autocheckpoint = 4000`)
 			c.writes = true
 		}
 		c.busyTimeout -= time.Since(arrived)
+		c.logged = 0
 		err := c.transaction(begin, func() error {
 			c.busyTimeout = s.busyTimeout
-			if _, err := c.revision(); err != nil {
-				return err
-			}
 			c.now = time.Now().UTC().Format("2006-01-02T15:04:05.000Z")
-			s.grown += 16<<10 - 2*c.logEnd // a commit writes whole pages, and every change twice
 			if err := fn(c); err != nil {
 				return err
 			}
-			s.grown += 2 * c.logEnd
 			s.trim(c)
 			return c.err
 		})
-		if err != nil {
-			s.oldest, s.grown = -1, maxWAL // whatever it was
-		} else if c.wrote > 0 {
+		if c.logged > 0 {
+			s.grown += 16<<10 + 2*c.logged // a commit writes whole pages, and every change twice
 			s.signal()
-			s.limitWAL(c)
+			if err == nil {
+				s.limitWAL(c)
+			}
 		}
 		return err
 	})
@@ -880,17 +846,14 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 // to, it cuts a little more, so that most writes find nothing to do; and never
 // many more rows than the transaction has written.
 func (s *sqliteEngine) trim(c *conn) {
-	low := c.logEnd - s.historyBytes
-	if c.wrote == 0 || s.oldest >= low {
+	if c.logged == 0 {
 		return
 	}
-	if v := c.exec(`SELECT position FROM zestor_log ORDER BY revision LIMIT 1`); v != nil {
-		s.oldest = asInt(v[0])
-	}
-	if s.oldest < low {
+	size := c.exec(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
+	if size != nil && asInt(size[0]) > s.historyBytes {
 		c.exec(`DELETE FROM zestor_log WHERE revision <= (SELECT max(revision) FROM
-			(SELECT revision, position FROM zestor_log ORDER BY revision LIMIT ?) WHERE position < ?)`,
-			int64(256+2*c.wrote), low+s.historyBytes/16)
+			(SELECT revision, position FROM zestor_log ORDER BY revision LIMIT ?) WHERE position < `+logEnd+` - ?)`,
+			256+c.logged/32, s.historyBytes-s.historyBytes/16)
 	}
 }
 
@@ -924,52 +887,57 @@ func (s *sqliteEngine) limitWAL(c *conn) {
 
 // tail reads the log, at once after a commit of this store, and every
 // pollInterval for those of others.
-func (s *sqliteEngine) tail(since int64, stop <-chan struct{}, publish func([]Event[[]byte]) bool, lost func(since, upTo int64, err error)) {
-	defer s.signal() // the token it took last may be meant for the next tail
-	var poll <-chan time.Time
-	if !s.dsn.private() {
-		ticker := time.NewTicker(pollInterval)
-		defer ticker.Stop()
-		poll = ticker.C
-	}
-	for {
-		var changes []Event[[]byte]
-		size, err := 0, s.moved()
-		if err == nil {
-			err = s.borrow(false, func(c *conn) error {
-				for ch, err := range c.history(since) {
-					if err != nil || len(changes) == 256 || size > groupBytes {
-						return err
-					}
-					changes = append(changes, ch)
-					size += len(ch.Value)
-				}
-				return nil
-			})
+func (s *sqliteEngine) tail(since int64, stop <-chan struct{}) iter.Seq2[[]Event[[]byte], error] {
+	return func(yield func([]Event[[]byte], error) bool) {
+		defer s.signal() // the token it took last may be meant for the next tail
+		var poll <-chan time.Time
+		if !s.dsn.private() {
+			ticker := time.NewTicker(pollInterval)
+			defer ticker.Stop()
+			poll = ticker.C
 		}
-		if len(changes) > 0 {
-			since = changes[len(changes)-1].Revision
-			if !publish(changes) {
+		for {
+			changes, err := s.changes(since)
+			if len(changes) > 0 {
+				since, err = changes[len(changes)-1].Revision, nil
+			}
+			if (len(changes) > 0 || err != nil) && !yield(changes, err) {
 				return
 			}
-			continue
-		}
-		var gap gapError
-		if errors.As(err, &gap) {
-			lost(since, int64(gap), err)
-			since = int64(gap)
-			continue
-		}
-		if err != nil {
-			lost(since, math.MaxInt64, err)
-		}
-		select {
-		case <-s.wake:
-		case <-poll:
-		case <-stop:
-			return
+			gap, isGap := err.(gapError)
+			if isGap {
+				since = int64(gap)
+			}
+			if isGap || len(changes) > 0 {
+				continue
+			}
+			select {
+			case <-s.wake:
+			case <-poll:
+			case <-stop:
+				return
+			}
 		}
 	}
+}
+
+// changes returns some of the changes after a revision, if there are any.
+func (s *sqliteEngine) changes(since int64) (changes []Event[[]byte], err error) {
+	if err := s.moved(); err != nil {
+		return nil, err
+	}
+	err = s.borrow(func(c *conn) error {
+		size := 0
+		for ch, err := range c.history(since) {
+			if err != nil || len(changes) == 256 || size > groupBytes {
+				return err
+			}
+			changes = append(changes, ch)
+			size += len(ch.Value)
+		}
+		return nil
+	})
+	return changes, err
 }
 
 func (s *sqliteEngine) signal() {

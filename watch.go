@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -204,29 +205,23 @@ func (c *core[T, V]) replay(w *watch[T], past []Event[V]) bool {
 // events decodes changes. It does so on a goroutine of its own, since a codec
 // may panic or call Goexit, which must end neither the watch nor the program.
 func (c *core[T, V]) events(changes []Event[V]) (events []*Event[T]) {
-	add := func(value T, err error) {
-		ch := &changes[len(events)]
-		if err != nil {
-			err = place{"watch", ch.Kind, ch.Key}.fail(err)
-		}
-		events = append(events, &Event[T]{ch.Type, ch.Kind, ch.Key, value, ch.Version, ch.Revision, err})
-	}
 	decode := func(done chan<- struct{}) {
 		defer close(done)
-		failure := errors.New("codec called Goexit")
+		var ev *Event[T]
+		var at place
 		defer func() {
 			if p := recover(); p != nil {
-				failure = fmt.Errorf("codec panicked: %v", p)
-			}
-			if failure != nil {
-				var none T
-				add(none, failure)
+				ev.Err = at.fail(fmt.Errorf("codec panicked: %v", p))
 			}
 		}()
-		for len(events) < len(changes) {
-			add(c.decode(changes[len(events)].Value))
+		for _, ch := range changes[len(events):] {
+			at = place{"watch", ch.Kind, ch.Key}
+			ev = &Event[T]{Type: ch.Type, Kind: ch.Kind, Key: ch.Key, Version: ch.Version, Revision: ch.Revision}
+			ev.Err = at.fail(errors.New("codec called Goexit"))
+			events = append(events, ev)
+			value, err := c.decode(ch.Value)
+			ev.Value, ev.Err = value, at.fail(err)
 		}
-		failure = nil
 	}
 	for len(events) < len(changes) {
 		done := make(chan struct{})
@@ -236,32 +231,34 @@ func (c *core[T, V]) events(changes []Event[V]) (events []*Event[T]) {
 	return events
 }
 
-// tail runs the engine's tail until stop is closed. Nothing is decoded that
-// nobody watches. What can't be had ends the watches that wait for it.
+// tail publishes what the engine's tail yields. Nothing is decoded that nobody
+// watches. What can't be had ends the watches that wait for it.
 func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
 	h := &c.hub
 	defer h.running.Done()
-	publish := func(changes []Event[V]) bool {
+	for changes, err := range c.engine.tail(since, stop) {
+		if err != nil {
+			since = h.lost(stop, since, err)
+			continue
+		}
+		since = changes[len(changes)-1].Revision
 		h.mu.Lock()
 		changes = slices.DeleteFunc(changes, func(ch Event[V]) bool {
 			return !slices.ContainsFunc(h.watches, func(w *watch[T]) bool { return w.wants(ch.Type, ch.Kind, ch.Key) })
 		})
 		h.mu.Unlock()
-		return h.publish(stop, c.events(changes)) // a codec must not run under the lock
-	}
-	lost := func(since, upTo int64, err error) {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		for _, w := range h.watches {
-			if stop == h.stop && w.from < upTo {
-				w.mu.Lock()
-				w.stopLocked(err, max(since, w.from))
-				w.mu.Unlock()
-			}
+		if !h.publish(stop, c.events(changes)) { // a codec must not run under the lock
+			return
 		}
 	}
-	c.engine.tail(since, stop, publish, lost)
 }
+
+// A gapError is ErrCompacted at a gap in the history. It is the revision after
+// which the history goes on.
+type gapError int64
+
+func (gapError) Error() string        { return ErrCompacted.Error() }
+func (gapError) Is(target error) bool { return target == ErrCompacted }
 
 // hub is the broadcast from a store's writers, or from its tail, to its
 // watches. An engine's lock may be held when mu is taken, never the other way
@@ -322,6 +319,25 @@ func (h *hub[T]) publish(tail <-chan struct{}, events []*Event[T]) bool {
 		}
 	}
 	return true
+}
+
+// lost ends the watches that wait for what can't be had after a revision, and
+// returns the revision after which the history goes on.
+func (h *hub[T]) lost(tail <-chan struct{}, since int64, err error) int64 {
+	upTo := int64(math.MaxInt64)
+	if gap, ok := err.(gapError); ok {
+		upTo = int64(gap)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, w := range h.watches {
+		if tail == h.stop && w.from < upTo {
+			w.mu.Lock()
+			w.stopLocked(err, max(since, w.from))
+			w.mu.Unlock()
+		}
+	}
+	return upTo
 }
 
 func (h *hub[T]) watched() bool { return h.count.Load() > 0 }

@@ -333,10 +333,8 @@ type StoreOptions[T any] struct {
 	ValidateFns map[string]ValidateFunc[T] // kind -> check, run before anything is written; nil ones are skipped
 }
 
-// Below the contract: its rules, written once over the two engines.
-
-// An engine's entries and events are of type V: T itself in memory, and its
-// encoding in SQLite.
+// Below the contract: its rules, written once over the two engines. An engine's
+// entries and events are of type V: T itself in memory, its encoding in SQLite.
 
 // snapshot is one consistent state of an engine.
 type snapshot[V any] interface {
@@ -354,7 +352,7 @@ type snapshot[V any] interface {
 // revision.
 type transaction[V any] interface {
 	snapshot[V]
-	put(kind, key string, value V, version int64) (revision int64, err error)
+	put(kind, key string, value V, version int64) error
 	remove(old *Entry[V]) error
 }
 
@@ -368,10 +366,9 @@ type engine[V any] interface {
 	// write commits if fn returns nil. A shared fn runs no callbacks: another
 	// caller's goroutine may run it, in one transaction with others.
 	write(shared bool, fn func(transaction[V]) error) error
-	// tail hands the changes after since to publish, until stop closes or
-	// publish returns false. It calls lost when those up to a revision can't
-	// be had. An engine without a tail publishes in write.
-	tail(since int64, stop <-chan struct{}, publish func([]Event[V]) bool, lost func(since, upTo int64, err error))
+	// tail yields the changes after since until stop is closed, or an error
+	// for those that can't be had. An engine without a tail publishes in write.
+	tail(since int64, stop <-chan struct{}) iter.Seq2[[]Event[V], error]
 	close() error
 }
 
@@ -380,10 +377,10 @@ type core[T, V any] struct {
 	writer[T, V]
 	engine  engine[V]
 	options StoreOptions[T]
-	nilable bool                      // a T can be a nil pointer
-	encode  func(place, T) (V, error) // runs the codec
-	decode  func(V) (T, error)        // runs the codec
-	equal   func(prev, next V) bool   // without CompareFn
+	nilable bool                                       // a T can be a nil pointer
+	encode  func(kind, key string, value T) (V, error) // runs the codec
+	decode  func(V) (T, error)                         // runs the codec
+	equal   func(prev, next V) bool                    // without CompareFn
 	hub     hub[T]
 	open    sync.RWMutex // read-locked by each call; Close locks it for good
 	closing sync.Once
@@ -407,7 +404,7 @@ type tx[V any] struct {
 	done   atomic.Bool
 }
 
-func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(place, T) (V, error), decode func(V) (T, error), equal func(prev, next V) bool) *core[T, V] {
+func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(string, string, T) (V, error), decode func(V) (T, error), equal func(prev, next V) bool) *core[T, V] {
 	opts.ValidateFns = maps.Clone(opts.ValidateFns)
 	c := &core[T, V]{engine: e, options: opts, encode: encode, decode: decode, equal: equal}
 	kind := reflect.TypeFor[T]().Kind()
@@ -418,44 +415,32 @@ func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(place, T) 
 }
 
 func (c *core[T, V]) View(fn func(tx Reader[T]) error) error {
-	return c.transact("view", fn == nil, func(own *error) error {
+	return c.call(place{"view"}, func() error {
+		if fn == nil {
+			return errNilFunc
+		}
 		return c.engine.view(func(s snapshot[V]) error {
 			if _, err := s.revision(); err != nil { // SQLite takes the snapshot at the first read
 				return err
 			}
 			r := reader[T, V]{c, &tx[V]{snapshot: s}}
 			defer r.tx.done.Store(true)
-			*own = fn(r)
-			return *own
+			return asIs(fn(r))
 		})
 	})
 }
 
 func (c *core[T, V]) Update(fn func(tx ReadWriter[T]) error) error {
-	return c.transact("update", fn == nil, func(own *error) error {
+	return c.call(place{"update"}, func() error {
+		if fn == nil {
+			return errNilFunc
+		}
 		return c.engine.write(false, func(t transaction[V]) error {
 			w := writer[T, V]{reader[T, V]{c, &tx[V]{snapshot: t, change: t}}}
 			defer w.tx.done.Store(true)
-			*own = fn(w)
-			return *own
+			return asIs(fn(w))
 		})
 	})
-}
-
-// transact is the frame of View and Update: an error of their function, own,
-// comes back as it is, any other wrapped.
-func (c *core[T, V]) transact(op string, isNil bool, run func(own *error) error) (err error) {
-	var own error
-	err = c.call(place{op}, func() error {
-		if isNil {
-			return errNilFunc
-		}
-		return run(&own)
-	})
-	if own != nil {
-		return own
-	}
-	return err
 }
 
 func (c *core[T, V]) Close() (err error) {
@@ -491,11 +476,12 @@ func (r reader[T, V]) call(at place, fn func() error) error {
 
 // query is a method that reads once.
 func query[T, V, R any](r reader[T, V], at place, fn func(snapshot[V]) (R, error)) (result R, err error) {
-	once := func(s snapshot[V]) error {
-		result, err = fn(s)
-		return err
-	}
-	err = r.call(at, func() error { return r.read(once) })
+	err = r.call(at, func() error {
+		return r.read(func(s snapshot[V]) (err error) {
+			result, err = fn(s)
+			return err
+		})
+	})
 	return result, err
 }
 
@@ -570,41 +556,42 @@ func (r reader[T, V]) GetAll() (map[string]map[string]T, error) {
 func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		stopped := false
-		pass := func(found *Entry[V], err error) error {
-			if err == nil {
-				stopped = !yield(r.c.entryOf("scan", found))
-			}
-			if r.tx != nil && r.tx.done.Load() { // an iter.Pull that outlived it
-				err = ErrTxDone
-			}
-			return err
-		}
-		stream := func(s snapshot[V]) error {
-			for found, err := range s.scan(kind, rg) {
-				if err = pass(&found, err); err != nil || stopped {
+		each := func(rows iter.Seq2[Entry[V], error]) error {
+			for row, err := range rows {
+				if err != nil {
 					return err
+				}
+				if stopped = !yield(r.c.entryOf("scan", &row)); stopped {
+					return nil
+				}
+				if r.tx != nil && r.tx.done.Load() { // an iter.Pull that outlived it
+					return ErrTxDone
 				}
 			}
 			return nil
 		}
 		err := r.call(place{"scan", kind}, func() error {
+			streams := r.c.engine.streams()
 			switch {
 			case rg.Limit < 0:
 				return fmt.Errorf("negative limit %d", rg.Limit)
-			case r.tx != nil && r.tx.change == nil && r.c.engine.streams():
-				return stream(r.tx)
-			case r.tx == nil && r.c.engine.streams():
-				return r.c.engine.view(stream)
+			case streams && r.tx == nil:
+				return r.c.engine.view(func(s snapshot[V]) error { return each(s.scan(kind, rg)) })
+			case streams && r.tx.change == nil:
+				return each(r.tx.scan(kind, rg))
 			}
 			var rows []Entry[V]
 			err := r.read(func(s snapshot[V]) (err error) {
 				rows, err = collect(s.scan(kind, rg))
 				return err
 			})
-			for i := 0; i < len(rows) && err == nil && !stopped; i++ {
-				err = pass(&rows[i], nil)
+			if err != nil {
+				return err
 			}
-			return err
+			return each(func(yield func(Entry[V], error) bool) {
+				for i := 0; i < len(rows) && yield(rows[i], nil); i++ {
+				}
+			})
 		})
 		if err != nil && !stopped {
 			yield(Entry[T]{}, err)
@@ -634,20 +621,22 @@ func (w writer[T, V]) SetIf(kind, key string, value T, revision int64) (int64, e
 	return newRevision, err
 }
 
+// set stores a value; for SetIf, want is the revision to be replaced.
 func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, revision int64, err error) {
+	kind, key := at[1], at[2]
 	err = w.call(at, func() error {
-		v, err := w.c.check(at, value)
+		v, err := w.c.check(kind, key, value)
 		if err != nil {
 			return err
 		}
 		if w.tx == nil && want == nil && w.c.repeats.Load() {
 			// Find out without locking other writers out.
-			if old, err := w.look(at); err == nil && old != nil && w.c.same(old.Value, value, v) {
+			if old, err := w.look(kind, key); err == nil && old != nil && w.c.same(old.Value, value, v) {
 				return nil
 			}
 		}
 		return w.write(w.c.options.CompareFn == nil, func(t transaction[V]) (err error) {
-			result, revision, err = w.c.put(t, at, value, v, want)
+			result, revision, err = w.c.put(t, kind, key, value, v, want)
 			return err
 		})
 	})
@@ -659,8 +648,7 @@ func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, rev
 }
 
 func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error) {
-	at := place{"setfn", kind, key}
-	err = w.call(at, func() error {
+	err = w.call(place{"setfn", kind, key}, func() error {
 		if fn == nil {
 			return errNilFunc
 		}
@@ -679,11 +667,11 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 			if value, err = fn(value); err != nil {
 				return err
 			}
-			v, err := w.c.check(at, value)
+			v, err := w.c.check(kind, key, value)
 			if err != nil {
 				return err
 			}
-			result, _, err := w.c.put(t, at, value, v, nil)
+			result, _, err := w.c.put(t, kind, key, value, v, nil)
 			changed = result != SetUnchanged
 			return err
 		})
@@ -693,64 +681,57 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 
 func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 	keys := slices.Sorted(maps.Keys(values))
-	sorted, encoded := make([]T, len(keys)), make([]V, len(keys))
-	at := place{"setmany", kind}
-	err := w.call(at, func() (err error) {
+	encoded, versions := make([]V, len(keys)), make([]int64, len(keys))
+	each := func(do func(i int, key string) error) error {
 		for i, key := range keys {
-			at = place{"setmany", kind, key}
-			if err = at.check(); err == nil {
-				sorted[i] = values[key]
-				encoded[i], err = w.c.check(at, sorted[i])
+			if err := do(i, key); err != nil {
+				return asIs(place{"setmany", kind, key}.fail(err))
 			}
+		}
+		return nil
+	}
+	return w.call(place{"setmany", kind}, func() error {
+		err := each(func(i int, key string) (err error) {
+			if err = (place{"setmany", kind, key}).check(); err == nil {
+				encoded[i], err = w.c.check(kind, key, values[key])
+			}
+			return err
+		})
+		if err != nil || len(keys) == 0 {
+			return err
+		}
+		return w.write(false, func(t transaction[V]) error {
+			err := each(func(i int, key string) (err error) {
+				versions[i], _, err = w.c.compare(t, kind, key, values[key], encoded[i], nil)
+				return err
+			})
 			if err != nil {
 				return err
 			}
-		}
-		if len(keys) == 0 {
-			return nil
-		}
-		return w.write(false, func(t transaction[V]) error {
-			next := make([]int64, len(keys)) // versions; 0: no change
-			for i, key := range keys {
-				at = place{"setmany", kind, key}
-				if next[i], _, err = w.c.compare(t, at, sorted[i], encoded[i], nil); err != nil {
-					return err
+			return each(func(i int, key string) error {
+				if versions[i] == 0 {
+					return nil
 				}
-			}
-			for i, key := range keys {
-				if at = (place{"setmany", kind, key}); next[i] > 0 {
-					if _, err := t.put(kind, key, encoded[i], next[i]); err != nil {
-						return err
-					}
-				}
-			}
-			at = place{"setmany", kind}
-			return nil
+				return t.put(kind, key, encoded[i], versions[i])
+			})
 		})
 	})
-	if failed, ok := err.(*placedError); ok {
-		failed.place = at // names the key too
-	}
-	return err
 }
 
 func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
-	at := place{"delete", kind, key}
-	err = w.call(at, func() error {
+	err = w.call(place{"delete", kind, key}, func() error {
 		for { // until nobody has written in between: the codec must not run in a shared transaction
-			old, err := w.look(at)
+			old, err := w.look(kind, key)
 			if err != nil || old == nil {
 				return err
 			}
 			prev, _ = w.c.decode(old.Value)
 			err = w.write(true, func(t transaction[V]) error {
-				existed = false
 				now, err := t.get(kind, key)
-				if err != nil || now == nil || now.Revision != old.Revision {
-					return err
+				if existed = now != nil && now.Revision == old.Revision; existed {
+					err = t.remove(now)
 				}
-				existed = true
-				return t.remove(now)
+				return err
 			})
 			if err != nil || existed {
 				return err
@@ -765,55 +746,58 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 }
 
 // look reads an entry, within the tx if there is one.
-func (r reader[T, V]) look(at place) (e *Entry[V], err error) {
+func (r reader[T, V]) look(kind, key string) (e *Entry[V], err error) {
 	err = r.read(func(s snapshot[V]) error {
-		e, err = s.get(at[1], at[2])
+		e, err = s.get(kind, key)
 		return err
 	})
 	return e, err
 }
 
 // check is what a value has to pass before anything is written.
-func (c *core[T, V]) check(at place, value T) (v V, err error) {
+func (c *core[T, V]) check(kind, key string, value T) (v V, err error) {
 	if c.nilable {
 		if p := reflect.ValueOf(value); p.Kind() == reflect.Pointer && p.IsNil() {
 			return v, errors.New("value is a nil pointer")
 		}
 	}
-	if validate := c.options.ValidateFns[at[1]]; validate != nil {
+	if validate := c.options.ValidateFns[kind]; validate != nil {
 		if err := validate(value); err != nil {
 			return v, err
 		}
 	}
-	return c.encode(at, value)
+	return c.encode(kind, key, value)
 }
 
 // compare returns the version that a checked value would have, or 0 if it
 // would change nothing, and the revision that it would replace.
-func (c *core[T, V]) compare(t transaction[V], at place, value T, v V, want *int64) (version, revision int64, err error) {
-	old, err := t.get(at[1], at[2])
+func (c *core[T, V]) compare(t transaction[V], kind, key string, value T, v V, want *int64) (version, revision int64, err error) {
+	old, err := t.get(kind, key)
 	if err != nil {
 		return 0, 0, err
 	}
 	if old != nil {
 		version, revision = old.Version, old.Revision
 	}
-	if want != nil && *want != revision {
+	switch {
+	case want != nil && *want != revision:
 		return 0, 0, ErrConflict
-	}
-	if old != nil && c.same(old.Value, value, v) {
+	case old != nil && c.same(old.Value, value, v):
 		return 0, revision, nil
 	}
 	return version + 1, revision, nil
 }
 
-// put stores a checked value, if want allows it and it is a change.
-func (c *core[T, V]) put(t transaction[V], at place, value T, v V, want *int64) (SetResult, int64, error) {
-	version, revision, err := c.compare(t, at, value, v, want)
+// put stores a checked value, if want allows it and it is a change. For SetIf
+// it returns the new revision.
+func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (SetResult, int64, error) {
+	version, revision, err := c.compare(t, kind, key, value, v, want)
 	if err != nil || version == 0 {
 		return SetUnchanged, revision, err
 	}
-	revision, err = t.put(at[1], at[2], v, version)
+	if err = t.put(kind, key, v, version); err == nil && want != nil {
+		revision, err = t.revision()
+	}
 	if version == 1 {
 		return SetCreated, revision, err
 	}
@@ -885,7 +869,20 @@ func (p place) fail(err error) error {
 	if err == nil {
 		return nil
 	}
+	if final, ok := err.(finalError); ok {
+		return final.error
+	}
 	return &placedError{p, err}
+}
+
+// A finalError comes back to the caller as it is.
+type finalError struct{ error }
+
+func asIs(err error) error {
+	if err == nil {
+		return nil
+	}
+	return finalError{err}
 }
 
 type placedError struct {
