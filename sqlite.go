@@ -34,9 +34,7 @@ const (
 	schemaVersion = 1
 	tableColumns  = "kind:1 key:2 value:0 version:0 updated_at:0 revision:0"
 	oldColumns    = "kind:1 key:2 value:0 version:0 updated_at:0" // of the multi-package Zestor
-	schemaObjects = 7                                             // zestor_log and the triggers
-	countObjects  = `SELECT count(*) FROM sqlite_schema WHERE name IN
-		('zestor_log', 'zestor_insert', 'zestor_update', 'zestor_same', 'zestor_delete', 'zestor_rename', 'zestor_keep')`
+	schemaObjects = 7                                             // in createLog
 
 	createTable = `CREATE TABLE zestor_kv (
 		kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
@@ -335,23 +333,27 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 // inspect returns the SQL that makes the file one of this schema, "" for one
 // that is, and an error for one that can't be.
 func (c *conn) inspect() (string, error) {
-	// Most files need no closer look, for which SQLite takes its time.
-	v := c.exec(`SELECT sql, (` + countObjects + `) FROM sqlite_schema WHERE name = 'zestor_kv'`)
-	if v != nil && asText(v[0]) == createTable && asInt(v[1]) == schemaObjects {
-		if v = c.exec(`PRAGMA user_version`); v != nil && asInt(v[0]) == schemaVersion {
-			return "", nil
+	table, objects, others := "", 0, 0
+	for v := range c.rows(`SELECT name, sql FROM sqlite_schema`) {
+		switch name, sql := asText(v[0]), asText(v[1]); {
+		case name == "zestor_kv":
+			table = sql
+		case sql != "" && strings.Contains(createLog, sql+";"):
+			objects++
+		case !strings.HasPrefix(name, "sqlite_"):
+			others++
 		}
 	}
-	v = c.exec(`SELECT
-		(SELECT user_version FROM pragma_user_version),
-		(SELECT encoding FROM pragma_encoding),
-		(SELECT count(*) FROM sqlite_schema WHERE name NOT LIKE 'sqlite^_%' ESCAPE '^' AND name <> 'zestor_kv'),
-		(` + countObjects + `),
-		(SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv'))`)
+	v := c.exec(`PRAGMA user_version`)
+	if c.err == nil && table == createTable && objects == schemaObjects && asInt(v[0]) == schemaVersion {
+		return "", nil // most files need no closer look, for which SQLite takes its time
+	}
+	v = c.exec(`SELECT user_version, encoding, (SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv'))
+		FROM pragma_user_version, pragma_encoding`)
 	if c.err != nil {
 		return "", c.err
 	}
-	version, encoding, others, objects, columns := asInt(v[0]), asText(v[1]), asInt(v[2]), asInt(v[3]), asText(v[4])
+	version, encoding, columns := asInt(v[0]), asText(v[1]), asText(v[2])
 	switch {
 	case columns == "" && others > 0:
 		return "", errors.New("not a Zestor file: it has tables, but no zestor_kv")
