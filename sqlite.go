@@ -45,20 +45,20 @@ const (
 
 	newest       = `(SELECT max(revision) FROM zestor_log)`
 	nextRevision = `(SELECT ifnull(max(revision), 0) + 1 FROM zestor_log)`
-	logSize      = `length(CAST(kind AS BLOB)) + length(CAST(key AS BLOB)) + length(value) + 64` // see conn.write
-	logEnd       = `ifnull((SELECT position + ` + logSize + ` FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
+	logEnd       = `ifnull((SELECT position + size FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
 	same         = `CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB) AND NEW.revision <= OLD.revision`
-	after        = `max(CAST(OLD.version AS INTEGER), 1) + 1`
+	after        = `max(OLD.version, 1) + 1`
 	repair       = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
 			WHERE key = NEW.key AND kind = iif(NEW.revision = last_insert_rowid() AND NEW.version = `
 
 	createLog = `
 	CREATE TABLE zestor_log (
 		revision INTEGER PRIMARY KEY, position INTEGER NOT NULL, type TEXT NOT NULL,
-		version INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL);
+		version INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
+		size AS (length(CAST(kind AS BLOB)) + length(CAST(key AS BLOB)) + length(value) + 64));
 	CREATE TRIGGER zestor_insert AFTER INSERT ON zestor_kv BEGIN
 		SELECT RAISE(ABORT, 'zestor: kind and key must be non-empty text')
-			WHERE typeof(NEW.kind) <> 'text' OR typeof(NEW.key) <> 'text' OR NEW.kind = '' OR NEW.key = '';
+			WHERE NOT (NEW.kind > '' AND NEW.kind < x'' AND NEW.key > '' AND NEW.key < x'');
 		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'create', 1, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
 		UPDATE zestor_kv SET version = 1` + repair + `1, NULL, NEW.kind);
 	END;
@@ -725,7 +725,7 @@ func (c *conn) remove(old *Entry[[]byte]) error {
 // write runs a statement, and counts what a trigger logs of it.
 func (c *conn) write(kind, key string, value []byte, sql string, args ...driver.Value) error {
 	c.exec(sql, args...)
-	c.logged += int64(len(kind) + len(key) + len(value) + 64) // as logSize does
+	c.logged += int64(len(kind) + len(key) + len(value) + 64) // the log's size
 	return c.err
 }
 
