@@ -819,7 +819,7 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	return s.borrow(func(c *conn) error {
 		if !c.writes { // with room for what a writer goes through, in KiB and in pages
 			c.exec(`PRAGMA cache_size = -8192`)
-			c.exec(`PRAGMA wal_autocheckpoint = 4000`)
+			c.exec(`PRAGMA wal_autocheckpoint = 2000`)
 			c.writes = true
 		}
 		c.busyTimeout -= time.Since(arrived)
@@ -853,9 +853,9 @@ func (s *sqliteEngine) trim(c *conn) {
 	}
 	size := c.exec(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
 	if size != nil && asInt(size[0]) > s.historyBytes {
-		c.exec(`DELETE FROM zestor_log WHERE revision <= (SELECT max(revision) FROM
-			(SELECT revision, position FROM zestor_log ORDER BY revision LIMIT ?) WHERE position < `+logEnd+` - ?)`,
-			256+c.logged/32, s.historyBytes-s.historyBytes/16)
+		c.exec(`DELETE FROM zestor_log WHERE revision < (SELECT revision FROM zestor_log WHERE position >= `+logEnd+` - ?
+			OR revision >= min(`+newest+`, ? + (SELECT min(revision) FROM zestor_log)) ORDER BY revision LIMIT 1)`,
+			s.historyBytes-s.historyBytes/16, 256+c.logged/32)
 	}
 }
 

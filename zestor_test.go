@@ -7310,16 +7310,22 @@ func BenchmarkSQLiteGet(b *testing.B) {
 }
 
 func benchSQLiteSet(b *testing.B, synchronous string) {
-	benchSub(b, "zestor", func(b *testing.B) func(int) {
-		s, keys, values := benchSQLite(b, benchN, synchronous)
-		return func(i int) {
-			v := values[i%benchN]
-			v.Age = i + 1
-			if r, err := s.Set("users", keys[i%benchN], v); r != zestor.SetUpdated {
-				b.Fatal(r, err)
+	// The second store is one whose history is full, so that it is cut all the time.
+	for name, bytes := range map[string]int64{"zestor": 0, "zestor-full-history": 1 << 20} {
+		benchSub(b, name, func(b *testing.B) func(int) {
+			keys, values := benchData(benchN)
+			dsn := "file:" + filepath.Join(b.TempDir(), "zestor.db") + "?_synchronous=" + synchronous
+			s := openSQLite(b, zestor.SQLiteOptions[user]{DSN: dsn, HistoryBytes: bytes})
+			benchFill(b, s, keys, values)
+			return func(i int) {
+				v := values[i%benchN]
+				v.Age = i + 1
+				if r, err := s.Set("users", keys[i%benchN], v); r != zestor.SetUpdated {
+					b.Fatal(r, err)
+				}
 			}
-		}
-	})
+		})
+	}
 	benchSub(b, "floor", func(b *testing.B) func(int) {
 		db, keys, values := newBenchDB(b, synchronous)
 		return func(i int) {
