@@ -170,7 +170,7 @@ func (t *memTx[T]) rollback() {
 	t.newest -= int64(len(t.undo))
 }
 
-func (t *memTx[T]) get(kind, key string) (*Entry[T], error) {
+func (t *memTx[T]) get(kind, key string, _ bool) (*Entry[T], error) {
 	if k := t.kinds[kind]; k != nil {
 		if r := k.rows[key]; r != nil {
 			return r.entry(kind, key), nil

@@ -98,7 +98,6 @@ const (
 	readers      = 4                     // connections for short reads; more starve the writer on a small machine
 	pollInterval = 12 * time.Millisecond // at which a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction
-	maxStmts     = 32                    // prepared statements that a connection keeps
 	maxWAL       = 12 << 20              // see limitWAL
 
 	// SQLite backs off to 100 ms between tries for a lock, and so finds a busy
@@ -229,7 +228,7 @@ func (d *dsn) readOnly() bool { return d.mode == "ro" || d.immutable }
 // uri is what the driver is given for a connection. No two goroutines use one
 // at once, so it needs no mutex of SQLite's.
 func (d *dsn) uri() string {
-	params := fmt.Sprintf("?_mutex=no&_synchronous=%s&_busy_timeout=%d", d.synchronous, lockPoll.Milliseconds())
+	params := fmt.Sprintf("?_mutex=no&_stmt_cache_size=32&_synchronous=%s&_busy_timeout=%d", d.synchronous, lockPoll.Milliseconds())
 	if d.private() {
 		return ":memory:" + params
 	}
@@ -294,9 +293,9 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	s.dsn.mode = "ro"
 	if last, err := s.connect(); err == nil && !s.dsn.private() {
 		last.exec("PRAGMA user_version")
-		defer last.close()
+		defer last.Close()
 	}
-	c.close()
+	c.Close()
 	return err
 }
 
@@ -377,23 +376,14 @@ func (c *conn) inspect() (string, error) {
 type conn struct {
 	driver.Conn
 	busyTimeout time.Duration
-	stmts       []*stmt
+	args        []driver.NamedValue
 	cursors     int   // rows being read
 	writes      bool  // is set up to write
-	broken      bool  // not to be used again
+	done        bool  // not to be used again
 	err         error // SQLite's first since the connection was borrowed; nothing is run after it
 
 	logged int64 // bytes, in this transaction
 	now    string
-}
-
-// stmt is a prepared statement.
-type stmt struct {
-	driver.Stmt
-	sql  string
-	args []driver.NamedValue
-	row  []driver.Value
-	busy bool // being read
 }
 
 // connect opens a connection to the file that was opened first.
@@ -411,7 +401,7 @@ func (s *sqliteEngine) connect() (*conn, error) {
 		return nil, err
 	}
 	if err := s.moved(); err != nil {
-		c.close()
+		c.Close()
 		return nil, err
 	}
 	return c, nil
@@ -450,74 +440,49 @@ func (c *conn) retry(fn func() error) (err error) {
 	}
 }
 
-// rows runs a statement and yields its rows; c.err says afterwards whether
-// that were all. The slice is reused, its values are not.
+// rows runs a statement, which the driver keeps prepared, and yields its rows;
+// c.err says afterwards whether that were all. The slice is reused, its values
+// are not.
 func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 	return func(yield func([]driver.Value) bool) {
-		st := c.prepared(sql)
-		if st == nil {
+		if c.err != nil {
 			return
 		}
-		large := false
-		st.args = st.args[:0]
+		c.args = c.args[:0]
 		for i, arg := range args {
-			st.args = append(st.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
-			large = large || len(asBytes(arg))+len(asText(arg)) > groupBytes
+			c.args = append(c.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
+			if len(asBytes(arg))+len(asText(arg)) > groupBytes {
+				c.done = true // the driver keeps a copy
+			}
 		}
 		var rows driver.Rows
 		run := func() (err error) {
-			rows, err = st.Stmt.(driver.StmtQueryContext).QueryContext(context.Background(), st.args)
+			rows, err = c.Conn.(driver.QueryerContext).QueryContext(context.Background(), sql, c.args)
 			return err
 		}
 		if c.err = run(); c.err != nil {
 			c.err = c.retry(run)
 		}
-		clear(st.args)
+		clear(c.args)
 		if c.err != nil {
 			return
 		}
-		st.busy = true
 		c.cursors++
 		defer func() {
 			rows.Close()
-			st.busy = false
 			c.cursors--
-			if large || len(c.stmts) > maxStmts { // the driver keeps a copy of the arguments
-				st.Close()
-				c.stmts = slices.DeleteFunc(c.stmts, func(other *stmt) bool { return other == st })
-			}
 		}()
-		if st.row == nil {
-			st.row = make([]driver.Value, len(rows.Columns()))
-		}
+		row := make([]driver.Value, len(rows.Columns()))
 		for {
-			err := rows.Next(st.row)
+			err := rows.Next(row)
 			if err != nil && err != io.EOF {
 				c.err = err
 			}
-			if err != nil || !yield(st.row) || c.err != nil {
+			if err != nil || !yield(row) || c.err != nil {
 				return
 			}
 		}
 	}
-}
-
-// prepared returns a statement that is not in use, or nil after an error.
-func (c *conn) prepared(sql string) *stmt {
-	if c.err != nil {
-		return nil
-	}
-	for _, st := range c.stmts {
-		if st.sql == sql && !st.busy {
-			return st
-		}
-	}
-	var st driver.Stmt
-	if st, c.err = c.Prepare(sql); c.err != nil {
-		return nil
-	}
-	c.stmts = append(c.stmts, &stmt{Stmt: st, sql: sql})
-	return c.stmts[len(c.stmts)-1]
 }
 
 // exec runs a statement and returns its first row, if it has any.
@@ -540,7 +505,7 @@ func (c *conn) transaction(begin string, fn func() error) (err error) {
 			c.err = nil
 			c.exec("ROLLBACK") // SQLite may have done so itself
 			state, ok := c.Conn.(interface{ AutoCommit() bool })
-			c.broken = ok && !state.AutoCommit()
+			c.done = ok && !state.AutoCommit()
 		}
 	}()
 	if err = fn(); err == nil {
@@ -549,13 +514,6 @@ func (c *conn) transaction(begin string, fn func() error) (err error) {
 	}
 	committed = err == nil
 	return err
-}
-
-func (c *conn) close() error {
-	for _, st := range c.stmts {
-		st.Close()
-	}
-	return c.Conn.Close()
 }
 
 // A damaged or hand-made file may hold other types than the schema says.
@@ -584,10 +542,10 @@ func (s *sqliteEngine) borrow(fn func(*conn) error) (err error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		// Nobody else may use what an iterator that outlived its View reads.
-		if s.dsn.private() || len(s.idle) <= readers && c.cursors == 0 && !c.broken {
+		if s.dsn.private() || len(s.idle) <= readers && c.cursors == 0 && !c.done {
 			s.idle = append(s.idle, c)
 		} else {
-			c.close()
+			c.Close()
 		}
 	}()
 	c.err, c.busyTimeout = nil, s.busyTimeout
@@ -611,16 +569,25 @@ func (s *sqliteEngine) streams() bool { return s.wal }
 
 const selectEntry = `SELECT CAST(value AS BLOB), version, revision, updated_at, key FROM zestor_kv `
 
+// entryOf makes an entry of the columns in selectEntry, or of the first.
 func entryOf(kind, key string, v []driver.Value) Entry[[]byte] {
-	e := Entry[[]byte]{kind, key, asBytes(v[0]), max(1, asInt(v[1])), asInt(v[2]), time.Time{}}
+	e := Entry[[]byte]{Kind: kind, Key: key, Value: asBytes(v[0])}
+	if len(v) == 1 {
+		return e
+	}
+	e.Version, e.Revision = max(1, asInt(v[1])), asInt(v[2])
 	if at, err := time.Parse(time.RFC3339Nano, asText(v[3])); err == nil {
 		e.UpdatedAt = at.UTC().Truncate(time.Millisecond)
 	}
 	return e
 }
 
-func (c *conn) get(kind, key string) (*Entry[[]byte], error) {
-	v := c.exec(`SELECT CAST(value AS BLOB), version, revision, updated_at FROM zestor_kv WHERE kind = ? AND key = ?`, kind, key)
+func (c *conn) get(kind, key string, whole bool) (*Entry[[]byte], error) {
+	sql := `SELECT CAST(value AS BLOB) FROM zestor_kv WHERE kind = ? AND key = ?`
+	if whole {
+		sql = selectEntry + `WHERE kind = ? AND key = ?`
+	}
+	v := c.exec(sql, kind, key)
 	if v == nil {
 		return nil, c.err
 	}
@@ -951,7 +918,7 @@ func (s *sqliteEngine) signal() {
 
 func (s *sqliteEngine) close() (err error) {
 	for _, c := range s.idle {
-		err = errors.Join(err, c.close())
+		err = errors.Join(err, c.Close())
 	}
 	return err
 }

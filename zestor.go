@@ -338,7 +338,9 @@ type StoreOptions[T any] struct {
 
 // snapshot is one consistent state of an engine.
 type snapshot[V any] interface {
-	get(kind, key string) (*Entry[V], error) // nil: absent
+	// get returns nil if the key is absent. Of an entry that is not asked for
+	// whole it may leave out all but the value.
+	get(kind, key string, whole bool) (*Entry[V], error)
 	scan(kind string, r Range) iter.Seq2[Entry[V], error]
 	all() iter.Seq2[Entry[V], error]
 	keys(kind string) ([]string, error)
@@ -494,16 +496,16 @@ func (r reader[T, V]) read(fn func(snapshot[V]) error) error {
 }
 
 func (r reader[T, V]) Get(kind, key string) (value T, ok bool, err error) {
-	e, ok, err := r.entry(place{"get", kind, key})
+	e, ok, err := r.entry(place{"get", kind, key}, false)
 	return e.Value, ok && err == nil, err
 }
 
 func (r reader[T, V]) GetEntry(kind, key string) (Entry[T], bool, error) {
-	return r.entry(place{"getentry", kind, key})
+	return r.entry(place{"getentry", kind, key}, true)
 }
 
-func (r reader[T, V]) entry(at place) (e Entry[T], ok bool, err error) {
-	found, err := query(r, at, func(s snapshot[V]) (*Entry[V], error) { return s.get(at[1], at[2]) })
+func (r reader[T, V]) entry(at place, whole bool) (e Entry[T], ok bool, err error) {
+	found, err := query(r, at, func(s snapshot[V]) (*Entry[V], error) { return s.get(at[1], at[2], whole) })
 	if err != nil || found == nil {
 		return e, false, err
 	}
@@ -631,7 +633,7 @@ func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, rev
 		}
 		if w.tx == nil && want == nil && w.c.repeats.Load() {
 			// Find out without locking other writers out.
-			if old, err := w.look(kind, key); err == nil && old != nil && w.c.same(old.Value, value, v) {
+			if old, err := w.look(kind, key, false); err == nil && old != nil && w.c.same(old.Value, value, v) {
 				return nil
 			}
 		}
@@ -653,7 +655,7 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 			return errNilFunc
 		}
 		return w.write(false, func(t transaction[V]) error {
-			old, err := t.get(kind, key)
+			old, err := t.get(kind, key, true)
 			if err == nil && old == nil {
 				err = ErrKeyNotFound
 			}
@@ -721,13 +723,13 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
 	err = w.call(place{"delete", kind, key}, func() error {
 		for { // until nobody has written in between: the codec must not run in a shared transaction
-			old, err := w.look(kind, key)
+			old, err := w.look(kind, key, true)
 			if err != nil || old == nil {
 				return err
 			}
 			prev, _ = w.c.decode(old.Value)
 			err = w.write(true, func(t transaction[V]) error {
-				now, err := t.get(kind, key)
+				now, err := t.get(kind, key, true)
 				if existed = now != nil && now.Revision == old.Revision; existed {
 					err = t.remove(now)
 				}
@@ -746,9 +748,9 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 }
 
 // look reads an entry, within the tx if there is one.
-func (r reader[T, V]) look(kind, key string) (e *Entry[V], err error) {
+func (r reader[T, V]) look(kind, key string, whole bool) (e *Entry[V], err error) {
 	err = r.read(func(s snapshot[V]) error {
-		e, err = s.get(kind, key)
+		e, err = s.get(kind, key, whole)
 		return err
 	})
 	return e, err
@@ -772,7 +774,7 @@ func (c *core[T, V]) check(kind, key string, value T) (v V, err error) {
 // compare returns the version that a checked value would have, or 0 if it
 // would change nothing, and the revision that it would replace.
 func (c *core[T, V]) compare(t transaction[V], kind, key string, value T, v V, want *int64) (version, revision int64, err error) {
-	old, err := t.get(kind, key)
+	old, err := t.get(kind, key, true)
 	if err != nil {
 		return 0, 0, err
 	}
