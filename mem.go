@@ -82,7 +82,8 @@ func (s *memStore[T]) update(kind, key string, value T) (SetResult, bool) {
 	s.e.newest++
 	*r = memRow[T]{value, r.version + 1, s.e.newest, time.Now().UnixMilli()}
 	if s.e.hub.watched() {
-		s.e.hub.publish(nil, []*Event[T]{r.entry(kind, key).event(EventUpdate)})
+		e := r.entry(kind, key)
+		s.e.hub.publish(nil, []*Event[T]{e.event(EventUpdate)})
 	}
 	return SetUpdated, true
 }
@@ -103,8 +104,8 @@ type memRow[T any] struct {
 	millis   int64 // since 1970
 }
 
-func (r *memRow[T]) entry(kind, key string) *Entry[T] {
-	return &Entry[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
+func (r *memRow[T]) entry(kind, key string) Entry[T] {
+	return Entry[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
 }
 
 // memKind is the rows of one kind, and an index of their keys.
@@ -173,7 +174,8 @@ func (t *memTx[T]) rollback() {
 func (t *memTx[T]) get(kind, key string, _ bool) (*Entry[T], error) {
 	if k := t.kinds[kind]; k != nil {
 		if r := k.rows[key]; r != nil {
-			return r.entry(kind, key), nil
+			e := r.entry(kind, key)
+			return &e, nil
 		}
 	}
 	return nil, nil
@@ -198,7 +200,7 @@ func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 			if r.Descending {
 				key = keys[len(keys)-1-n]
 			}
-			if r.Limit--; !yield(*k.rows[key].entry(kind, key), nil) || r.Limit == 0 {
+			if r.Limit--; !yield(k.rows[key].entry(kind, key), nil) || r.Limit == 0 {
 				return
 			}
 		}
@@ -209,7 +211,7 @@ func (t *memTx[T]) all() iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		for kind, k := range t.kinds {
 			for key, r := range k.rows {
-				if !yield(*r.entry(kind, key), nil) {
+				if !yield(r.entry(kind, key), nil) {
 					return
 				}
 			}
@@ -256,12 +258,12 @@ func (t *memTx[T]) put(kind, key string, value T, version int64) error {
 func (t *memTx[T]) remove(old *Entry[T]) error {
 	gone := *old
 	gone.Revision = t.newest + 1
-	t.change(EventDelete, &gone, nil)
+	t.change(EventDelete, gone, nil)
 	return nil
 }
 
 // change is a write that can be undone and watched.
-func (t *memTx[T]) change(what EventType, e *Entry[T], r *memRow[T]) {
+func (t *memTx[T]) change(what EventType, e Entry[T], r *memRow[T]) {
 	old := t.replace(e.Kind, e.Key, r)
 	t.undo = append(t.undo, func() { t.replace(e.Kind, e.Key, old) })
 	t.newest++
