@@ -324,9 +324,9 @@ func (h *hub[T]) publish(tail <-chan struct{}, events []*Event[T]) bool {
 // lost ends the watches that wait for what can't be had after a revision, and
 // returns the revision after which the history goes on.
 func (h *hub[T]) lost(tail <-chan struct{}, since int64, err error) int64 {
-	upTo := int64(math.MaxInt64)
+	upTo, next := int64(math.MaxInt64), since
 	if gap, ok := err.(gapError); ok {
-		upTo = int64(gap)
+		upTo, next = int64(gap), int64(gap)
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -337,7 +337,7 @@ func (h *hub[T]) lost(tail <-chan struct{}, since int64, err error) int64 {
 			w.mu.Unlock()
 		}
 	}
-	return upTo
+	return next
 }
 
 func (h *hub[T]) watched() bool { return h.count.Load() > 0 }

@@ -4607,6 +4607,8 @@ func TestFileRemoved(t *testing.T) {
 			path, away := filepath.Join(dir, "a.db"), filepath.Join(dir, "away.db")
 			s, err := fileOpen(path)
 			check(t, err)
+			_, err = s.Watch(t.Context(), "k", zestor.WithBufferSize(1)) // nobody reads it: the store goes on looking
+			check(t, err)
 			events, err := s.Watch(t.Context(), "k")
 			check(t, err)
 			fileOK(t)(s.Set("k", "a", user{Age: 1}))
@@ -4642,6 +4644,11 @@ func TestFileRemoved(t *testing.T) {
 			check(t, fileBad(ev.Err, path, "watch k"))
 			if _, ok := fileNext(t, events); ok {
 				t.Fatal("the watch goes on")
+			}
+			late, err := s.Watch(t.Context(), "k")
+			check(t, err)
+			if ev, _ = fileNext(t, late); ev.Type != zestor.EventError || ev.Revision != 1 {
+				t.Fatalf("%v, want the late watch to end at 1", ev)
 			}
 			var nest func(depth int)
 			nest = func(depth int) { // more connections than are pooled: each reads what was there, or fails
