@@ -112,12 +112,11 @@ func (r *memRow[T]) entry(kind, key string) Entry[T] {
 type memKind[T any] struct {
 	rows map[string]*memRow[T] // protected by the engine's mu, with what is pointed at
 
-	// The index is made when somebody needs an order, under the engine's read
-	// lock. Keys that come and go are then moved in and out, until that has
-	// been done so often in vain that sorting anew costs no more.
-	index  sync.Mutex
-	sorted []string // protected by index; nil: not made
-	moved  int      // protected by index; keys since somebody last needed the order
+	// The index is made when somebody first needs an order, and brought up
+	// to date when somebody next does, under the engine's read lock.
+	index   sync.Mutex
+	sorted  []string // protected by index; nil: not made
+	changed []string // protected by index; keys that came or went since
 }
 
 func (e *memEngine[T]) read(fn func(snapshot[T]) error) error {
@@ -286,10 +285,14 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 	} else {
 		delete(k.rows, key)
 	}
-	if len(k.rows) == 0 {
+	switch {
+	case len(k.rows) == 0:
 		delete(e.kinds, kind)
-	} else if k.sorted != nil && (old == nil || r == nil) {
-		k.move(key)
+	case k.sorted == nil:
+	case len(k.changed) > len(k.sorted)/2+64:
+		k.sorted, k.changed = nil, nil // no better than a new one
+	case old == nil || r == nil:
+		k.changed = append(k.changed, key)
 	}
 	return old
 }
@@ -302,21 +305,22 @@ func (k *memKind[T]) order() []string {
 	if k.sorted == nil {
 		k.sorted = slices.Sorted(maps.Keys(k.rows))
 	}
-	k.moved = 0
-	return k.sorted
-}
-
-// move brings a key into the index, or out of it.
-func (k *memKind[T]) move(key string) {
-	n, found := slices.BinarySearch(k.sorted, key)
-	switch k.moved++; {
-	case k.moved > 1000:
-		k.sorted = nil
-	case found:
-		k.sorted = slices.Delete(k.sorted, n, n+1)
-	default:
-		k.sorted = slices.Insert(k.sorted, n, key)
+	if len(k.changed) > 0 {
+		slices.Sort(k.changed)
+		merged, rest := make([]string, 0, len(k.rows)), k.sorted
+		for _, key := range slices.Compact(k.changed) {
+			n, found := slices.BinarySearch(rest, key)
+			merged, rest = append(merged, rest[:n]...), rest[n:]
+			if found {
+				rest = rest[1:]
+			}
+			if k.rows[key] != nil {
+				merged = append(merged, key)
+			}
+		}
+		k.sorted, k.changed = append(merged, rest...), nil
 	}
+	return k.sorted
 }
 
 // equality returns reflect.DeepEqual, or == where that is the same.

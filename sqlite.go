@@ -47,7 +47,7 @@ const (
 	nextRevision = `(SELECT ifnull(max(revision), 0) + 1 FROM zestor_log)`
 	logEnd       = `ifnull((SELECT position + size FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
 	same         = `CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB) AND NEW.revision <= OLD.revision`
-	after        = `max(OLD.version, 1) + 1`
+	after        = `max(CAST(OLD.version AS INTEGER), 1) + 1`
 	repair       = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
 			WHERE key = NEW.key AND kind = iif(NEW.revision = last_insert_rowid() AND NEW.version = `
 
@@ -99,6 +99,7 @@ const (
 	pollInterval = 12 * time.Millisecond // at which a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction
 	maxWAL       = 12 << 20              // see limitWAL
+	maxCopy      = 16 << 20              // an argument of which the driver, which keeps a copy, may not keep one
 
 	// SQLite backs off to 100 ms between tries for a lock, and so finds a busy
 	// file never free. It gets this little time, and is asked again until
@@ -251,7 +252,7 @@ type sqliteEngine struct {
 	slots        chan struct{} // holds a token for each short read under way
 	turn         chan struct{} // holds a token while somebody writes
 	wake         chan struct{} // holds a token after a commit, for the tail
-	gate         sync.Mutex
+	gate         sync.RWMutex
 
 	mu      sync.Mutex
 	idle    []*conn    // protected by mu
@@ -301,7 +302,11 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 
 // prepare sees to it that the file has the schema.
 func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
-	script, err := c.inspect()
+	var script string
+	err := c.transaction("BEGIN", func() (err error) {
+		script, err = c.inspect()
+		return err
+	})
 	if err == nil && script != "" && s.dsn.readOnly() {
 		err = errors.New("not a Zestor file of this version: it would have to be made or upgraded, and is opened read-only")
 	}
@@ -354,7 +359,7 @@ func (c *conn) inspect() (string, error) {
 	}
 	version, encoding, columns := asInt(v[0]), asText(v[1]), asText(v[2])
 	switch {
-	case columns == "" && others > 0:
+	case columns == "" && others+objects > 0:
 		return "", errors.New("not a Zestor file: it has tables, but no zestor_kv")
 	case version > schemaVersion:
 		return "", fmt.Errorf("written by a newer Zestor: its schema has version %d, this program knows %d", version, schemaVersion)
@@ -451,8 +456,8 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 		c.args = c.args[:0]
 		for i, arg := range args {
 			c.args = append(c.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
-			if len(asBytes(arg))+len(asText(arg)) > groupBytes {
-				c.done = true // the driver keeps a copy
+			if len(asBytes(arg))+len(asText(arg)) > maxCopy {
+				c.done = true
 			}
 		}
 		var rows driver.Rows
@@ -505,7 +510,7 @@ func (c *conn) transaction(begin string, fn func() error) (err error) {
 			c.err = nil
 			c.exec("ROLLBACK") // SQLite may have done so itself
 			state, ok := c.Conn.(interface{ AutoCommit() bool })
-			c.done = ok && !state.AutoCommit()
+			c.done = c.done || ok && !state.AutoCommit()
 		}
 	}()
 	if err = fn(); err == nil {
@@ -521,11 +526,16 @@ func asInt(v driver.Value) int64    { n, _ := v.(int64); return n }
 func asText(v driver.Value) string  { text, _ := v.(string); return text }
 func asBytes(v driver.Value) []byte { data, _ := v.([]byte); return data }
 
-// borrow lends fn a connection.
-func (s *sqliteEngine) borrow(fn func(*conn) error) (err error) {
-	if !s.wal {
+// borrow lends fn a connection, to write if it is fn's turn.
+func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
+	switch {
+	case s.wal:
+	case write || s.dsn.private():
 		s.gate.Lock()
 		defer s.gate.Unlock()
+	default:
+		s.gate.RLock()
+		defer s.gate.RUnlock()
 	}
 	var c *conn
 	s.mu.Lock()
@@ -555,12 +565,12 @@ func (s *sqliteEngine) borrow(fn func(*conn) error) (err error) {
 func (s *sqliteEngine) read(fn func(snapshot[[]byte]) error) error {
 	s.slots <- struct{}{}
 	defer func() { <-s.slots }()
-	return s.borrow(func(c *conn) error { return fn(c) })
+	return s.borrow(false, func(c *conn) error { return fn(c) })
 }
 
 // view needs no slot, since it may last, and others may begin inside.
 func (s *sqliteEngine) view(fn func(snapshot[[]byte]) error) error {
-	return s.borrow(func(c *conn) error {
+	return s.borrow(false, func(c *conn) error {
 		return c.transaction("BEGIN", func() error { return fn(c) })
 	})
 }
@@ -657,6 +667,11 @@ func (c *conn) revision() (n int64, err error) {
 
 func (c *conn) history(since int64) iter.Seq2[Event[[]byte], error] {
 	return func(yield func(Event[[]byte], error) bool) {
+		// A look that finds nothing must stay cheap even where ANALYZE has made
+		// SQLite take the log for so short that it reads it all.
+		if newest, err := c.revision(); err == nil && newest <= since {
+			return
+		}
 		for v := range c.rows(`SELECT value, version, revision, NULL, kind, key, type FROM zestor_log
 			WHERE revision > ? ORDER BY revision`, since) {
 			e := entryOf(asText(v[4]), asText(v[5]), v)
@@ -783,7 +798,7 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	if s.dsn.readOnly() {
 		begin = "BEGIN" // a write that changes nothing needs no more
 	}
-	return s.borrow(func(c *conn) error {
+	return s.borrow(true, func(c *conn) error {
 		if !c.writes { // with room for what a writer goes through, in KiB and in pages
 			c.exec(`PRAGMA cache_size = -8192`)
 			c.exec(`PRAGMA wal_autocheckpoint = 2000`)
@@ -895,7 +910,7 @@ func (s *sqliteEngine) changes(since int64) (changes []Event[[]byte], err error)
 	if err := s.moved(); err != nil {
 		return nil, err
 	}
-	err = s.borrow(func(c *conn) error {
+	err = s.borrow(false, func(c *conn) error {
 		size := 0
 		for ch, err := range c.history(since) {
 			if err != nil || len(changes) == 256 || size > groupBytes {

@@ -798,7 +798,10 @@ func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want 
 		return SetUnchanged, revision, err
 	}
 	if err = t.put(kind, key, v, version); err == nil && want != nil {
-		revision, err = t.revision()
+		var now *Entry[V]
+		if now, err = t.get(kind, key, true); now != nil {
+			revision = now.Revision
+		}
 	}
 	if version == 1 {
 		return SetCreated, revision, err

@@ -3178,8 +3178,14 @@ func BenchmarkWatchLatency(b *testing.B) {
 }
 
 func BenchmarkWatchIdle(b *testing.B) {
-	s, _ := watchFile(b, zestor.SQLiteOptions[string]{})
-	watchFill(b, s, "k", 1000)
+	s, path := watchFile(b, zestor.SQLiteOptions[string]{})
+	watchFill(b, s, "k", 1)
+	fileStatements(b, path, "ANALYZE") // SQLite goes on thinking that the log is this short
+	values := make(map[string]string)
+	for i := range 20_000 {
+		values[fmt.Sprint(i)] = "v"
+	}
+	check(b, s.SetMany("k", values))
 	watchOn(b, s, "k")
 	cpu := func() time.Duration {
 		var u syscall.Rusage
@@ -5312,6 +5318,111 @@ func TestFileCopiedRows(t *testing.T) {
 	if e, _, _ := s.GetEntry("k", "a"); e.Version != 1 {
 		t.Fatalf("a created key has %+v", e)
 	}
+}
+
+// Of several that open a file which is yet to be made or upgraded, each finds
+// it before or after, never in between.
+func TestFileOpenedAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	for round := range 60 {
+		path := filepath.Join(dir, fmt.Sprintf("%d.db", round))
+		if round%2 == 0 {
+			fileStatements(t, path, fileOldTable, `INSERT INTO zestor_kv (kind, key, value) VALUES ('k', 'a', '"1"')`)
+		}
+		watchAll(t, 6, func(i int) error {
+			time.Sleep(time.Duration(i*round%97) * 10 * time.Microsecond) // at different moments
+			s, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[string]{DSN: path})
+			if err == nil {
+				err = s.Close()
+			}
+			return err
+		})
+	}
+}
+
+// Without WAL, readers wait for writers, not for each other.
+func TestFileReadersTogether(t *testing.T) {
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: filepath.Join(t.TempDir(), "a.db"), DisableWAL: true})
+	var both sync.WaitGroup
+	both.Add(2)
+	watchAll(t, 2, func(int) error {
+		return s.View(func(zestor.Reader[string]) error {
+			both.Done()
+			both.Wait()
+			return nil
+		})
+	})
+}
+
+// SetIf returns the revision of its own change, whatever triggers of the
+// file's owner change besides.
+func TestFileSetIfAmongTriggers(t *testing.T) {
+	audit := `CREATE TRIGGER audit AFTER INSERT ON zestor_kv WHEN NEW.kind = 'k' BEGIN
+		INSERT INTO zestor_kv (kind, key, value) VALUES ('audit', NEW.key, NEW.value); END;
+		CREATE TRIGGER audit2 AFTER UPDATE OF value ON zestor_kv WHEN NEW.kind = 'k' BEGIN
+		UPDATE zestor_kv SET value = NEW.value WHERE kind = 'audit' AND key = NEW.key; END`
+	for _, upgraded := range []bool{false, true} { // the triggers come after the store's, or before
+		path := filepath.Join(t.TempDir(), "a.db")
+		if upgraded {
+			fileStatements(t, path, fileOldTable, audit)
+		}
+		s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+		if !upgraded {
+			fileStatements(t, path, audit)
+		}
+		var revision int64
+		for i := range 4 {
+			var err error
+			revision, err = s.SetIf("k", "a", fmt.Sprint(i), revision)
+			check(t, err)
+			e, _, err := s.GetEntry("k", "a")
+			check(t, err)
+			fileEqual(t, "revision", revision, e.Revision)
+		}
+	}
+}
+
+// A file whose table is gone is refused as such, even if the rest is there.
+func TestFileWithoutTable(t *testing.T) {
+	for _, sql := range []string{`DROP TABLE zestor_kv`, `DROP TABLE zestor_kv; PRAGMA user_version = 0`} {
+		dir := t.TempDir()
+		path := filepath.Join(dir, "a.db")
+		s, err := fileOpen(path)
+		check(t, err)
+		fileOK(t)(s.Set("k", "a", user{}))
+		check(t, s.Close())
+		fileStatements(t, path, sql)
+		before := fileTree(t, dir)
+		_, err = fileOpen(path)
+		check(t, fileBad(err, path, "no zestor_kv"))
+		fileSame(t, dir, before)
+	}
+}
+
+// A create is not much dearer because somebody has once asked for the order.
+func TestMemIndexIsCheap(t *testing.T) {
+	s := zestor.NewMemStore(zestor.StoreOptions[int]{})
+	values := make(map[string]int)
+	for i := range 200_000 {
+		values[fmt.Sprintf("%06d", i)] = i
+	}
+	check(t, s.SetMany("k", values))
+	creates := func(name string) time.Duration {
+		start := time.Now()
+		for i := range 1000 {
+			fileOK(t)(s.Set("k", fmt.Sprintf("%06d%s", i*20, name), 1))
+		}
+		return time.Since(start)
+	}
+	before := creates("a")
+	fileEqual(t, "first", rwScan(t, s, "k", zestor.Range{Limit: 1})[0], "000000=0")
+	if after := creates("b"); after > 50*before {
+		t.Fatalf("1000 creates took %v, and %v after a scan", before, after)
+	}
+	keys, err := s.Keys("k")
+	check(t, err)
+	fileEqual(t, "sorted", slices.IsSorted(keys), true)
+	fileEqual(t, "keys", len(keys), 202_000)
 }
 
 // a Set that SQLite refuses fails Sets that share its transaction.
