@@ -302,16 +302,19 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 
 // prepare sees to it that the file has the schema.
 func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
-	var script string
+	var script, mode string
 	err := c.transaction("BEGIN", func() (err error) {
 		script, err = c.inspect()
-		return err
+		if v := c.exec("PRAGMA journal_mode"); v != nil {
+			mode = asText(v[0])
+		}
+		return cmp.Or(err, c.err)
 	})
 	if err == nil && script != "" && s.dsn.readOnly() {
 		err = errors.New("not a Zestor file of this version: it would have to be made or upgraded, and is opened read-only")
 	}
 	if err == nil && script != "" {
-		c.exec("PRAGMA page_size = 2048")
+		c.exec("PRAGMA page_size = 2048") // of a new file: half as much WAL for a small change
 		err = c.transaction("BEGIN IMMEDIATE", func() error {
 			script, err := c.inspect() // another process may have been faster
 			if err == nil && script != "" {
@@ -320,18 +323,14 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 			return err
 		})
 	}
-	if err != nil {
-		return err
-	}
-	mode := c.exec("PRAGMA journal_mode")
-	if c.err == nil && asText(mode[0]) != "wal" && !disableWAL && !s.dsn.readOnly() && !s.dsn.private() {
-		if now := c.exec("PRAGMA journal_mode = WAL"); now != nil {
-			mode = now
+	if err == nil && mode != "wal" && !disableWAL && !s.dsn.readOnly() && !s.dsn.private() {
+		if v := c.exec("PRAGMA journal_mode = WAL"); v != nil {
+			mode = asText(v[0])
 		}
 		c.err = nil // it is in use, or can't have a WAL: the mode it has will do
 	}
-	s.wal = c.err == nil && asText(mode[0]) == "wal"
-	return c.err
+	s.wal = mode == "wal"
+	return err
 }
 
 // inspect returns the SQL that makes the file one of this schema, "" for one
