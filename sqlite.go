@@ -549,11 +549,13 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	}
 	defer func() {
 		s.mu.Lock()
-		defer s.mu.Unlock()
 		// Nobody else may use what an iterator that outlived its View reads.
-		if s.dsn.private() || len(s.idle) <= readers && c.cursors == 0 && !c.done {
+		keep := s.dsn.private() || len(s.idle) <= readers && c.cursors == 0 && !c.done
+		if keep {
 			s.idle = append(s.idle, c)
-		} else {
+		}
+		s.mu.Unlock()
+		if !keep {
 			c.Close()
 		}
 	}()
@@ -860,10 +862,12 @@ func (s *sqliteEngine) limitWAL(c *conn) {
 	if size() < s.walLimit {
 		return
 	}
-	for start := time.Now(); size() >= maxWAL && time.Since(start) < min(s.busyTimeout/2, 1500*time.Millisecond); {
-		c.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
-		c.err = nil              // the commit has succeeded
-		time.Sleep(lockPoll / 2) // others may write
+	for start := time.Now(); time.Since(start) < min(s.busyTimeout/2, 1500*time.Millisecond); time.Sleep(lockPoll / 2) { // others may write
+		busy := c.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
+		c.err = nil // the commit has succeeded
+		if busy != nil && asInt(busy[0]) == 0 {
+			break
+		}
 	}
 	s.walLimit = max(maxWAL, 2*size())
 }
