@@ -2442,7 +2442,8 @@ func watchPiece(t testing.TB, s watchStore, how int) (replay, events []watchEven
 // and again in pieces, while n writers write, and verifies what they all saw.
 func watchStorm(t *testing.T, s watchStore, n int, write func(i int) error, meanwhile func() error) {
 	t.Helper()
-	j, k := watchOn(t, s, "j"), watchOn(t, s, "k", zestor.WithInitialReplay())
+	whole := zestor.WithBufferSize(1 << 24) // read at the end
+	j, k := watchOn(t, s, "j", whole), watchOn(t, s, "k", whole, zestor.WithInitialReplay())
 	var done atomic.Bool
 	var mu sync.Mutex
 	var checks []func(all []watchEvent) error // protected by mu
