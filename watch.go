@@ -105,7 +105,7 @@ func (o *watchOptions) check() error {
 }
 
 func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error) {
-	w := &watch[T]{kind: kind, ctx: ctx, done: c.hub.done, wake: make(chan struct{}, 1), settle: make(chan struct{})}
+	w := &watch[T]{kind: kind, wake: make(chan struct{}, 1), settle: make(chan struct{})}
 	w.limit = DefaultWatchBufferSize
 	err := c.call(place{"watch", kind}, func() error {
 		for _, opt := range opts {
@@ -122,6 +122,7 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
+		w.ctx, w.cancel = context.WithCancel(ctx)
 		w.ch = make(chan Event[T], min(w.limit, 64))
 		started := make(chan error, 1)
 		c.hub.running.Add(1) // Close waits for this call first
@@ -143,6 +144,7 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 func (c *core[T, V]) run(w *watch[T], started chan<- error) {
 	defer c.hub.running.Done()
 	defer close(w.ch)
+	defer w.cancel()
 	defer c.hub.remove(w)
 	var past []Event[V]
 	err := c.engine.view(func(s snapshot[V]) (err error) {
@@ -184,7 +186,7 @@ func (c *core[T, V]) run(w *watch[T], started chan<- error) {
 // replay sends the past, and says whether the watch is to go on.
 func (c *core[T, V]) replay(w *watch[T], past []Event[V]) bool {
 	for len(past) > 0 {
-		if w.ended() {
+		if w.ctx.Err() != nil {
 			return false
 		}
 		some := past[:min(len(past), 16)]
@@ -264,7 +266,6 @@ func (gapError) Is(target error) bool { return target == ErrCompacted }
 // watches. An engine's lock may be held when mu is taken, never the other way
 // round; mu may be held when a watch's mu is taken.
 type hub[T any] struct {
-	done    chan struct{}  // closed when the store closes
 	running sync.WaitGroup // watches and tails
 	count   atomic.Int64   // len(watches)
 
@@ -340,16 +341,25 @@ func (h *hub[T]) lost(tail <-chan struct{}, since int64, err error) int64 {
 	return next
 }
 
+// end ends every watch.
+func (h *hub[T]) end() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, w := range h.watches {
+		w.cancel()
+	}
+}
+
 func (h *hub[T]) watched() bool { return h.count.Load() > 0 }
 
 // watch is a bounded queue of undelivered changes, and the goroutine that
-// alone sends on and closes ch. It ends when ctx or the store is done, or
+// alone sends on and closes ch. It ends with ctx, or
 // after an EventError.
 type watch[T any] struct {
 	watchOptions
 	kind   string
-	ctx    context.Context
-	done   <-chan struct{} // the hub's
+	ctx    context.Context // ends with the caller's, or when the store closes
+	cancel context.CancelFunc
 	ch     chan Event[T]
 	from   int64         // live changes come after this revision
 	wake   chan struct{} // gets a token when there is something to do
@@ -377,7 +387,6 @@ func (w *watch[T]) offer(ev *Event[T]) {
 		select {
 		case w.settle <- struct{}{}:
 		case <-w.ctx.Done():
-		case <-w.done:
 		}
 		w.mu.Lock()
 	}
@@ -385,7 +394,7 @@ func (w *watch[T]) offer(ev *Event[T]) {
 		w.stopLocked(ErrWatchOverflow, ev.Revision-1)
 	} else if w.err == nil {
 		w.queue = append(w.queue, ev)
-		w.rouse()
+		signal(w.wake)
 	}
 }
 
@@ -398,20 +407,21 @@ func (w *watch[T]) fullLocked() bool {
 func (w *watch[T]) stopLocked(err error, complete int64) {
 	if w.err == nil {
 		w.err, w.complete = err, complete
-		w.rouse()
+		signal(w.wake)
 	}
 }
 
-func (w *watch[T]) rouse() {
+// signal puts a token into a channel that holds one.
+func signal(wake chan<- struct{}) {
 	select {
-	case w.wake <- struct{}{}:
+	case wake <- struct{}{}:
 	default:
 	}
 }
 
 // live sends what is queued until the watch ends.
 func (w *watch[T]) live() {
-	for !w.ended() {
+	for w.ctx.Err() == nil {
 		w.mu.Lock()
 		n := 0
 		for n < min(len(w.queue), 64) && w.trySend(*w.queue[n]) {
@@ -436,7 +446,6 @@ func (w *watch[T]) live() {
 		case <-w.wake:
 		case <-w.settle:
 		case <-w.ctx.Done():
-		case <-w.done:
 		}
 	}
 }
@@ -477,24 +486,10 @@ func (w *watch[T]) trySend(ev Event[T]) bool {
 
 // send delivers, unless the watch ends before the consumer takes it.
 func (w *watch[T]) send(ev Event[T]) bool {
-	if w.trySend(ev) {
-		return true
-	}
 	select {
 	case w.ch <- ev:
 		return true
 	case <-w.ctx.Done():
-	case <-w.done:
-	}
-	return false
-}
-
-func (w *watch[T]) ended() bool {
-	select {
-	case <-w.ctx.Done():
-	case <-w.done:
-	default:
 		return false
 	}
-	return true
 }

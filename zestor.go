@@ -411,7 +411,6 @@ func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(string, st
 	c := &core[T, V]{engine: e, options: opts, encode: encode, decode: decode, equal: equal}
 	kind := reflect.TypeFor[T]().Kind()
 	c.nilable = kind == reflect.Pointer || kind == reflect.Interface
-	c.hub.done = make(chan struct{})
 	c.c = c
 	return c
 }
@@ -447,8 +446,9 @@ func (c *core[T, V]) Update(fn func(tx ReadWriter[T]) error) error {
 
 func (c *core[T, V]) Close() (err error) {
 	c.closing.Do(func() {
-		close(c.hub.done)
+		c.hub.end() // also so that no call waits for a watch
 		c.open.Lock()
+		c.hub.end()
 		c.hub.running.Wait()
 		err = place{"close"}.fail(c.engine.close())
 	})
