@@ -818,7 +818,7 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		})
 		if c.logged > 0 {
 			s.grown += 16<<10 + 2*c.logged // a commit writes whole pages, and every change twice
-			signal(s.wake)
+			try(s.wake, struct{}{})
 			if err == nil {
 				s.limitWAL(c)
 			}
@@ -876,7 +876,7 @@ func (s *sqliteEngine) limitWAL(c *conn) {
 // pollInterval for those of others.
 func (s *sqliteEngine) tail(since int64, stop <-chan struct{}) iter.Seq2[[]Event[[]byte], error] {
 	return func(yield func([]Event[[]byte], error) bool) {
-		defer signal(s.wake) // the token it took last may be meant for the next tail
+		defer try(s.wake, struct{}{}) // the token it took last may be meant for the next tail
 		var poll <-chan time.Time
 		if !s.dsn.private() {
 			ticker := time.NewTicker(pollInterval)

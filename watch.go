@@ -120,7 +120,7 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 			return errors.New("context is nil")
 		}
 		if ctx.Err() != nil {
-			return ctx.Err()
+			return asIs(ctx.Err())
 		}
 		w.ctx, w.cancel = context.WithCancel(ctx)
 		w.ch = make(chan Event[T], min(w.limit, 64))
@@ -129,9 +129,6 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 		go c.run(w, started)
 		return <-started
 	})
-	if ctx != nil && ctx.Err() != nil && errors.Is(err, ctx.Err()) {
-		err = ctx.Err()
-	}
 	if err != nil {
 		return nil, err
 	}
@@ -174,9 +171,6 @@ func (c *core[T, V]) run(w *watch[T], started chan<- error) {
 		}
 		return nil
 	})
-	if errors.Is(err, ErrCompacted) {
-		err = ErrCompacted
-	}
 	started <- err
 	if err == nil && c.replay(w, past) {
 		w.live()
@@ -326,15 +320,20 @@ func (h *hub[T]) publish(tail <-chan struct{}, events []*Event[T]) bool {
 // returns the revision after which the history goes on.
 func (h *hub[T]) lost(tail <-chan struct{}, since int64, err error) int64 {
 	upTo, next := int64(math.MaxInt64), since
-	if gap, ok := err.(gapError); ok {
+	gap, isGap := err.(gapError)
+	if isGap {
 		upTo, next = int64(gap), int64(gap)
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, w := range h.watches {
 		if tail == h.stop && w.from < upTo {
+			reason := ErrCompacted
+			if !isGap {
+				reason = place{"watch", w.kind}.fail(err)
+			}
 			w.mu.Lock()
-			w.stopLocked(err, max(since, w.from))
+			w.stopLocked(reason, max(since, w.from))
 			w.mu.Unlock()
 		}
 	}
@@ -365,12 +364,11 @@ type watch[T any] struct {
 	wake   chan struct{} // gets a token when there is something to do
 	settle chan struct{} // live takes from it when it has counted what it sent
 
-	mu       sync.Mutex
-	queue    []*Event[T] // protected by mu; changes that did not go into ch yet
-	sent     int         // protected by mu; changes that did
-	counts   bool        // protected by mu; live has begun
-	err      error       // protected by mu; set: nothing is taken any more
-	complete int64       // protected by mu; the last revision before err
+	mu      sync.Mutex
+	queue   []*Event[T] // protected by mu; changes that did not go into ch yet
+	sent    int         // protected by mu; changes that did
+	counts  bool        // protected by mu; live has begun
+	stopped bool        // protected by mu; an EventError is the last in queue
 }
 
 func (w *watch[T]) wants(what EventType, kind, key string) bool {
@@ -381,7 +379,7 @@ func (w *watch[T]) wants(what EventType, kind, key string) bool {
 func (w *watch[T]) offer(ev *Event[T]) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.fullLocked() && w.err == nil && w.counts {
+	if w.fullLocked() && w.counts && !w.stopped {
 		// The consumer may have taken what live has not counted yet.
 		w.mu.Unlock()
 		select {
@@ -392,9 +390,9 @@ func (w *watch[T]) offer(ev *Event[T]) {
 	}
 	if w.fullLocked() {
 		w.stopLocked(ErrWatchOverflow, ev.Revision-1)
-	} else if w.err == nil {
+	} else if !w.stopped {
 		w.queue = append(w.queue, ev)
-		signal(w.wake)
+		try(w.wake, struct{}{})
 	}
 }
 
@@ -405,17 +403,10 @@ func (w *watch[T]) fullLocked() bool {
 
 // stopLocked makes the watch end with err when it has delivered what it holds.
 func (w *watch[T]) stopLocked(err error, complete int64) {
-	if w.err == nil {
-		w.err, w.complete = err, complete
-		signal(w.wake)
-	}
-}
-
-// signal puts a token into a channel that holds one.
-func signal(wake chan<- struct{}) {
-	select {
-	case wake <- struct{}{}:
-	default:
+	if !w.stopped {
+		w.stopped = true
+		w.queue = append(w.queue, &Event[T]{Type: EventError, Kind: w.kind, Revision: complete, Err: err})
+		try(w.wake, struct{}{})
 	}
 }
 
@@ -424,18 +415,17 @@ func (w *watch[T]) live() {
 	for w.ctx.Err() == nil {
 		w.mu.Lock()
 		n := 0
-		for n < min(len(w.queue), 64) && w.trySend(*w.queue[n]) {
+		for n < min(len(w.queue), 64) && try(w.ch, *w.queue[n]) {
 			n++
 		}
-		rest, err, complete := w.shiftLocked(n), w.err, w.complete
+		rest, stopped := w.shiftLocked(n), w.stopped
 		w.counts = true
 		w.mu.Unlock()
 		var next Event[T]
 		var ch chan Event[T] // nil: nothing to send
 		if len(rest) > 0 {
 			ch, next = w.ch, *rest[0] // it stays in the queue, and counts, until it is sent
-		} else if err != nil {
-			w.fail(err, complete)
+		} else if stopped {
 			return
 		}
 		select {
@@ -465,31 +455,22 @@ func (w *watch[T]) shiftLocked(n int) []*Event[T] {
 	return w.queue
 }
 
-// fail sends the last event.
-func (w *watch[T]) fail(err error, complete int64) {
-	if errors.Is(err, ErrCompacted) {
-		err = ErrCompacted
-	} else if err != ErrWatchOverflow {
-		err = place{"watch", w.kind}.fail(err)
-	}
-	w.send(Event[T]{Type: EventError, Kind: w.kind, Revision: complete, Err: err})
-}
-
-func (w *watch[T]) trySend(ev Event[T]) bool {
-	select {
-	case w.ch <- ev:
-		return true
-	default:
-		return false
-	}
-}
-
 // send delivers, unless the watch ends before the consumer takes it.
 func (w *watch[T]) send(ev Event[T]) bool {
 	select {
 	case w.ch <- ev:
 		return true
 	case <-w.ctx.Done():
+		return false
+	}
+}
+
+// try sends if it can do so at once.
+func try[E any](ch chan<- E, e E) bool {
+	select {
+	case ch <- e:
+		return true
+	default:
 		return false
 	}
 }
