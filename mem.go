@@ -129,9 +129,9 @@ func (e *memEngine[T]) view(fn func(snapshot[T]) error) error { return e.read(fn
 
 func (e *memEngine[T]) streams() bool { return false }
 
-func (e *memEngine[T]) tail(int64, <-chan struct{}) iter.Seq2[[]Event[T], error] {
-	return func(func([]Event[T], error) bool) {}
-}
+func (e *memEngine[T]) changes(int64) ([]Event[T], error) { return nil, nil }
+
+func (e *memEngine[T]) wait(<-chan struct{}) bool { return false }
 
 func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 	e.mu.Lock()

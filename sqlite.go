@@ -251,7 +251,7 @@ type sqliteEngine struct {
 	file         os.FileInfo   // what the path named when it was opened
 	slots        chan struct{} // holds a token for each short read under way
 	turn         chan struct{} // holds a token while somebody writes
-	wake         chan struct{} // holds a token after a commit, for the tail
+	wake         chan struct{} // holds a token after a commit, for wait
 	gate         sync.RWMutex
 
 	mu      sync.Mutex
@@ -872,43 +872,6 @@ func (s *sqliteEngine) limitWAL(c *conn) {
 	s.walLimit = max(maxWAL, 2*size())
 }
 
-// tail reads the log, at once after a commit of this store, and every
-// pollInterval for those of others.
-func (s *sqliteEngine) tail(since int64, stop <-chan struct{}) iter.Seq2[[]Event[[]byte], error] {
-	return func(yield func([]Event[[]byte], error) bool) {
-		defer try(s.wake, struct{}{}) // the token it took last may be meant for the next tail
-		var poll <-chan time.Time
-		if !s.dsn.private() {
-			ticker := time.NewTicker(pollInterval)
-			defer ticker.Stop()
-			poll = ticker.C
-		}
-		for {
-			changes, err := s.changes(since)
-			if len(changes) > 0 {
-				since, err = changes[len(changes)-1].Revision, nil
-			}
-			if (len(changes) > 0 || err != nil) && !yield(changes, err) {
-				return
-			}
-			gap, isGap := err.(gapError)
-			if isGap {
-				since = int64(gap)
-			}
-			if isGap || len(changes) > 0 {
-				continue
-			}
-			select {
-			case <-s.wake:
-			case <-poll:
-			case <-stop:
-				return
-			}
-		}
-	}
-}
-
-// changes returns some of the changes after a revision, if there are any.
 func (s *sqliteEngine) changes(since int64) (changes []Event[[]byte], err error) {
 	if err := s.moved(); err != nil {
 		return nil, err
@@ -925,6 +888,23 @@ func (s *sqliteEngine) changes(since int64) (changes []Event[[]byte], err error)
 		return nil
 	})
 	return changes, err
+}
+
+// wait returns after a commit of this store, and every pollInterval for those of
+// others.
+func (s *sqliteEngine) wait(stop <-chan struct{}) bool {
+	var poll <-chan time.Time
+	if !s.dsn.private() {
+		poll = time.After(pollInterval)
+	}
+	select {
+	case <-s.wake:
+	case <-poll:
+	case <-stop:
+		try(s.wake, struct{}{}) // the token it took last may be meant for the next tail
+		return false
+	}
+	return true
 }
 
 func (s *sqliteEngine) close() (err error) {

@@ -227,23 +227,28 @@ func (c *core[T, V]) events(changes []Event[V]) (events []*Event[T]) {
 	return events
 }
 
-// tail publishes what the engine's tail yields. Nothing is decoded that nobody
-// watches. What can't be had ends the watches that wait for it.
+// tail publishes the changes after a revision until stop is closed. Nothing is
+// decoded that nobody watches. What can't be had ends the watches that wait for
+// it.
 func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
 	h := &c.hub
 	defer h.running.Done()
-	for changes, err := range c.engine.tail(since, stop) {
-		if err != nil {
-			since = h.lost(stop, since, err)
-			continue
+	for {
+		more := false
+		changes, err := c.engine.changes(since)
+		if len(changes) > 0 {
+			since = changes[len(changes)-1].Revision
+			h.mu.Lock()
+			changes = slices.DeleteFunc(changes, func(ch Event[V]) bool {
+				return !slices.ContainsFunc(h.watches, func(w *watch[T]) bool { return w.wants(ch.Type, ch.Kind, ch.Key) })
+			})
+			h.mu.Unlock()
+			more = h.publish(stop, c.events(changes)) // a codec must not run under the lock
+		} else if err != nil {
+			next := h.lost(stop, since, err)
+			more, since = next > since, next
 		}
-		since = changes[len(changes)-1].Revision
-		h.mu.Lock()
-		changes = slices.DeleteFunc(changes, func(ch Event[V]) bool {
-			return !slices.ContainsFunc(h.watches, func(w *watch[T]) bool { return w.wants(ch.Type, ch.Kind, ch.Key) })
-		})
-		h.mu.Unlock()
-		if !h.publish(stop, c.events(changes)) { // a codec must not run under the lock
+		if !more && !c.engine.wait(stop) {
 			return
 		}
 	}

@@ -368,9 +368,11 @@ type engine[V any] interface {
 	// write commits if fn returns nil. A shared fn runs no callbacks: another
 	// caller's goroutine may run it, in one transaction with others.
 	write(shared bool, fn func(transaction[V]) error) error
-	// tail yields the changes after since until stop is closed, or an error
-	// for those that can't be had. An engine without a tail publishes in write.
-	tail(since int64, stop <-chan struct{}) iter.Seq2[[]Event[V], error]
+	// changes returns the next changes after since, if there are any, and wait
+	// when there may be more: false once stop is closed, and at once from an
+	// engine that publishes in write.
+	changes(since int64) ([]Event[V], error)
+	wait(stop <-chan struct{}) bool
 	close() error
 }
 
