@@ -71,8 +71,8 @@ func WithPrefix(prefix string) WatchOption { return func(o *watchOptions) { o.pr
 // WithEventTypes leaves only these of create, update and delete; any other is
 // an error. The entries of an initial replay are creates.
 func WithEventTypes(types ...EventType) WatchOption {
-	types = slices.Clone(types)
-	return func(o *watchOptions) { o.chosen, o.types = true, types }
+	types = append([]EventType{}, types...)
+	return func(o *watchOptions) { o.types = types }
 }
 
 // WithBufferSize sets how many undelivered changes the watch may hold, at
@@ -80,11 +80,11 @@ func WithEventTypes(types ...EventType) WatchOption {
 func WithBufferSize(n int) WatchOption { return func(o *watchOptions) { o.limit = n } }
 
 type watchOptions struct {
-	initial, resume, chosen bool // whether WithInitialReplay, WithSince, WithEventTypes was given
-	since                   int64
-	prefix                  string
-	types                   []EventType
-	limit                   int
+	initial, resume bool // whether WithInitialReplay, WithSince was given
+	since           int64
+	prefix          string
+	types           []EventType // nil: all
+	limit           int
 }
 
 func (o *watchOptions) check() error {
@@ -377,7 +377,7 @@ type watch[T any] struct {
 }
 
 func (w *watch[T]) wants(what EventType, kind, key string) bool {
-	return w.kind == kind && strings.HasPrefix(key, w.prefix) && (!w.chosen || slices.Contains(w.types, what))
+	return w.kind == kind && strings.HasPrefix(key, w.prefix) && (w.types == nil || slices.Contains(w.types, what))
 }
 
 // offer queues a change, unless the watch holds too many.
