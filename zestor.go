@@ -408,7 +408,8 @@ type tx[V any] struct {
 	done   atomic.Bool
 }
 
-func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(string, string, T) (V, error), decode func(V) (T, error), equal func(prev, next V) bool) *core[T, V] {
+func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(kind, key string, value T) (V, error),
+	decode func(V) (T, error), equal func(prev, next V) bool) *core[T, V] {
 	opts.ValidateFns = maps.Clone(opts.ValidateFns)
 	c := &core[T, V]{engine: e, options: opts, encode: encode, decode: decode, equal: equal}
 	kind := reflect.TypeFor[T]().Kind()
@@ -480,21 +481,23 @@ func (r reader[T, V]) call(at place, fn func() error) error {
 
 // query is a method that reads once.
 func query[T, V, R any](r reader[T, V], at place, fn func(snapshot[V]) (R, error)) (result R, err error) {
-	err = r.call(at, func() error {
-		return r.read(func(s snapshot[V]) (err error) {
-			result, err = fn(s)
-			return err
-		})
+	err = r.call(at, func() (err error) {
+		result, err = read(r, fn)
+		return err
 	})
 	return result, err
 }
 
 // read runs fn in a snapshot of its own or in the transaction that it is in.
-func (r reader[T, V]) read(fn func(snapshot[V]) error) error {
+func read[T, V, R any](r reader[T, V], fn func(snapshot[V]) (R, error)) (result R, err error) {
 	if r.tx != nil {
 		return fn(r.tx)
 	}
-	return r.c.engine.read(fn)
+	err = r.c.engine.read(func(s snapshot[V]) (err error) {
+		result, err = fn(s)
+		return err
+	})
+	return result, err
 }
 
 func (r reader[T, V]) Get(kind, key string) (value T, ok bool, err error) {
@@ -584,11 +587,7 @@ func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 			case streams && r.tx.change == nil:
 				return each(r.tx.scan(kind, rg))
 			}
-			var rows []Entry[V]
-			err := r.read(func(s snapshot[V]) (err error) {
-				rows, err = collect(s.scan(kind, rg))
-				return err
-			})
+			rows, err := read(r, func(s snapshot[V]) ([]Entry[V], error) { return collect(s.scan(kind, rg)) })
 			if err != nil {
 				return err
 			}
@@ -696,9 +695,10 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 	}
 	return w.call(place{"setmany", kind}, func() error {
 		err := each(func(i int, key string) (err error) {
-			if err = (place{"setmany", kind, key}).check(); err == nil {
-				encoded[i], err = w.c.check(kind, key, values[key])
+			if key == "" {
+				return ErrKeyRequired
 			}
+			encoded[i], err = w.c.check(kind, key, values[key])
 			return err
 		})
 		if err != nil || len(keys) == 0 {
@@ -750,12 +750,8 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 }
 
 // look reads an entry, within the tx if there is one.
-func (r reader[T, V]) look(kind, key string, whole bool) (e *Entry[V], err error) {
-	err = r.read(func(s snapshot[V]) error {
-		e, err = s.get(kind, key, whole)
-		return err
-	})
-	return e, err
+func (r reader[T, V]) look(kind, key string, whole bool) (*Entry[V], error) {
+	return read(r, func(s snapshot[V]) (*Entry[V], error) { return s.get(kind, key, whole) })
 }
 
 // check is what a value has to pass before anything is written.
