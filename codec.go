@@ -74,21 +74,18 @@ func encoder[T any](codec Codec, maxSize int) func(string, string, T) ([]byte, e
 
 // decoder returns what decodes into a fresh T.
 func decoder[T any](codec Codec) func([]byte) (T, error) {
-	if t := reflect.TypeFor[T](); t.Kind() == reflect.Pointer {
-		return func(data []byte) (T, error) {
-			value := reflect.New(t.Elem())
-			if err := codec.Unmarshal(data, value.Interface()); err != nil {
-				var none T
-				return none, err
-			}
-			return value.Convert(t).Interface().(T), nil // T may be a named pointer type
-		}
-	}
+	t := reflect.TypeFor[T]()
 	return func(data []byte) (T, error) {
-		var value, none T
-		if err := codec.Unmarshal(data, &value); err != nil {
+		value := new(T)
+		target := any(value)
+		if t.Kind() == reflect.Pointer {
+			fresh := reflect.New(t.Elem())
+			*value, target = fresh.Convert(t).Interface().(T), fresh.Interface() // T may be a named pointer type
+		}
+		if err := codec.Unmarshal(data, target); err != nil {
+			var none T
 			return none, err
 		}
-		return value, nil
+		return *value, nil
 	}
 }
