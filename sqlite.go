@@ -305,9 +305,7 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 	var script, mode string
 	err := c.transaction("BEGIN", func() (err error) {
 		script, err = c.inspect()
-		if v := c.exec("PRAGMA journal_mode"); v != nil {
-			mode = asText(v[0])
-		}
+		mode = asText(c.value("PRAGMA journal_mode"))
 		return cmp.Or(err, c.err)
 	})
 	if err == nil && script != "" && s.dsn.readOnly() {
@@ -324,9 +322,7 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 		})
 	}
 	if err == nil && mode != "wal" && !disableWAL && !s.dsn.readOnly() && !s.dsn.private() {
-		if v := c.exec("PRAGMA journal_mode = WAL"); v != nil {
-			mode = asText(v[0])
-		}
+		mode = asText(c.value("PRAGMA journal_mode = WAL"))
 		c.err = nil // it is in use, or can't have a WAL: the mode it has will do
 	}
 	s.wal = mode == "wal"
@@ -347,17 +343,15 @@ func (c *conn) inspect() (string, error) {
 			others++
 		}
 	}
-	v := c.exec(`PRAGMA user_version`)
-	if c.err == nil && table == createTable && objects == schemaObjects && asInt(v[0]) == schemaVersion {
+	version := asInt(c.value(`PRAGMA user_version`))
+	if c.err == nil && table == createTable && objects == schemaObjects && version == schemaVersion {
 		return "", nil // most files need no closer look, for which SQLite takes its time
 	}
-	v = c.exec(`SELECT user_version, encoding, (SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv'))
-		FROM pragma_user_version, pragma_encoding`)
-	if c.err != nil {
-		return "", c.err
-	}
-	version, encoding, columns := asInt(v[0]), asText(v[1]), asText(v[2])
+	encoding := asText(c.value(`PRAGMA encoding`))
+	columns := asText(c.value(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
 	switch {
+	case c.err != nil:
+		return "", c.err
 	case columns == "" && others+objects > 0:
 		return "", errors.New("not a Zestor file: it has tables, but no zestor_kv")
 	case version > schemaVersion:
@@ -496,6 +490,14 @@ func (c *conn) exec(sql string, args ...driver.Value) (first []driver.Value) {
 		break
 	}
 	return first
+}
+
+// value runs a statement and returns the first column of its first row, or nil.
+func (c *conn) value(sql string, args ...driver.Value) driver.Value {
+	if row := c.exec(sql, args...); row != nil {
+		return row[0]
+	}
+	return nil
 }
 
 // transaction commits if fn returns nil.
@@ -652,17 +654,13 @@ func (c *conn) keys(kind string) ([]string, error) {
 	return keys, c.err
 }
 
-func (c *conn) count(kind string) (n int, err error) {
-	for v := range c.rows(`SELECT count(*) FROM zestor_kv WHERE kind = ?`, kind) {
-		n = int(asInt(v[0]))
-	}
-	return n, c.err
+func (c *conn) count(kind string) (int, error) {
+	n := asInt(c.value(`SELECT count(*) FROM zestor_kv WHERE kind = ?`, kind))
+	return int(n), c.err
 }
 
-func (c *conn) revision() (n int64, err error) {
-	for v := range c.rows(`SELECT max(revision) FROM zestor_log`) {
-		n = asInt(v[0])
-	}
+func (c *conn) revision() (int64, error) {
+	n := asInt(c.value(`SELECT max(revision) FROM zestor_log`))
 	return n, c.err
 }
 
@@ -723,12 +721,13 @@ type request struct {
 // write waits for its turn. Shared writes are group commit: whose turn it is
 // does the work of all that wait, and they return with it.
 func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) error {
-	r := &request{fn, time.Now(), nil, make(chan struct{})}
+	arrived := time.Now()
 	if !shared {
 		s.turn <- struct{}{}
 		defer func() { <-s.turn }()
-		return s.transact(r.arrived, func(c *conn) error { return fn(c) })
+		return s.transact(arrived, func(c *conn) error { return fn(c) })
 	}
+	r := &request{fn, arrived, nil, make(chan struct{})}
 	s.mu.Lock()
 	s.waiting = append(s.waiting, r)
 	s.mu.Unlock()
@@ -834,8 +833,8 @@ func (s *sqliteEngine) trim(c *conn) {
 	if c.logged == 0 {
 		return
 	}
-	size := c.exec(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
-	if size != nil && asInt(size[0]) > s.historyBytes {
+	size := c.value(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
+	if asInt(size) > s.historyBytes {
 		c.exec(`DELETE FROM zestor_log WHERE revision < (SELECT revision FROM zestor_log WHERE position >= `+logEnd+` - ?
 			OR revision >= min(`+newest+`, ? + (SELECT min(revision) FROM zestor_log)) ORDER BY revision LIMIT 1)`,
 			s.historyBytes-s.historyBytes/16, 256+c.logged/32)
