@@ -799,7 +799,9 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		begin = "BEGIN" // a write that changes nothing needs no more
 	}
 	return s.borrow(true, func(c *conn) error {
-		if !c.writes { // with room for what a writer goes through, in KiB and in pages
+		if !c.writes {
+			// In KiB and in pages: room for what a writer goes through, and a
+			// WAL that is soon written over, since growing it costs an fsync more.
 			c.exec(`PRAGMA cache_size = -8192`)
 			c.exec(`PRAGMA wal_autocheckpoint = 2000`)
 			c.writes = true
