@@ -99,7 +99,7 @@ const (
 	pollInterval = 12 * time.Millisecond // at which a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction
 	maxWAL       = 12 << 20              // see limitWAL
-	maxCopy      = 16 << 20              // an argument of which the driver, which keeps a copy, may not keep one
+	maxCopy      = 16 << 20              // the driver keeps a copy of its arguments; after a longer one the connection is closed
 
 	// SQLite backs off to 100 ms between tries for a lock, and so finds a busy
 	// file never free. It gets this little time, and is asked again until
@@ -863,10 +863,11 @@ func (s *sqliteEngine) limitWAL(c *conn) {
 	if size() < s.walLimit {
 		return
 	}
-	for start := time.Now(); time.Since(start) < min(s.busyTimeout/2, 1500*time.Millisecond); time.Sleep(lockPoll / 2) { // others may write
-		busy := c.exec(`PRAGMA wal_checkpoint(TRUNCATE)`)
-		c.err = nil // the commit has succeeded
-		if busy != nil && asInt(busy[0]) == 0 {
+	patience := min(s.busyTimeout/2, 1500*time.Millisecond)
+	for start := time.Now(); time.Since(start) < patience; time.Sleep(lockPoll / 2) { // in which other processes may write
+		emptied := c.value(`PRAGMA wal_checkpoint(TRUNCATE)`) == int64(0) // not busy
+		c.err = nil                                                       // the commit has succeeded
+		if emptied {
 			break
 		}
 	}

@@ -71,7 +71,7 @@ func WithPrefix(prefix string) WatchOption { return func(o *watchOptions) { o.pr
 // WithEventTypes leaves only these of create, update and delete; any other is
 // an error. The entries of an initial replay are creates.
 func WithEventTypes(types ...EventType) WatchOption {
-	types = append([]EventType{}, types...)
+	types = append([]EventType{}, types...) // not nil, even for none
 	return func(o *watchOptions) { o.types = types }
 }
 
@@ -204,20 +204,25 @@ func (c *core[T, V]) events(changes []Event[V]) (events []*Event[T]) {
 	decode := func(done chan<- struct{}) {
 		defer close(done)
 		var ev *Event[T]
-		var at place
+		fail := func(err error) { ev.Err = place{"watch", ev.Kind, ev.Key}.fail(err) }
+		end := errors.New("codec called Goexit")
 		defer func() {
 			if p := recover(); p != nil {
-				ev.Err = at.fail(fmt.Errorf("codec panicked: %v", p))
+				end = fmt.Errorf("codec panicked: %v", p)
+			}
+			if end != nil {
+				fail(end)
 			}
 		}()
 		for _, ch := range changes[len(events):] {
-			at = place{"watch", ch.Kind, ch.Key}
 			ev = &Event[T]{Type: ch.Type, Kind: ch.Kind, Key: ch.Key, Version: ch.Version, Revision: ch.Revision}
-			ev.Err = at.fail(errors.New("codec called Goexit"))
 			events = append(events, ev)
-			value, err := c.decode(ch.Value)
-			ev.Value, ev.Err = value, at.fail(err)
+			var err error
+			if ev.Value, err = c.decode(ch.Value); err != nil {
+				fail(err)
+			}
 		}
+		end = nil
 	}
 	for len(events) < len(changes) {
 		done := make(chan struct{})
