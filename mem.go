@@ -1,7 +1,6 @@
 package zestor
 
 import (
-	"iter"
 	"maps"
 	"reflect"
 	"slices"
@@ -16,7 +15,7 @@ import (
 // Update hold the store's lock while their function runs.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
-	encode := func(_, _ string, value T) (T, error) { return value, nil }
+	encode := func(value T) (T, error) { return value, nil }
 	decode := func(value T) (T, error) { return value, nil }
 	c := newCore(e, opts, encode, decode, equality[T]())
 	e.hub = &c.hub
@@ -81,16 +80,16 @@ func (s *memStore[T]) update(kind, key string, value T) (SetResult, bool) {
 	}
 	s.e.newest++
 	*r = memRow[T]{value, r.version + 1, s.e.newest, time.Now().UnixMilli()}
-	if s.e.hub.watched() {
+	if s.e.hub.watched.Load() {
 		e := r.entry(kind, key)
-		s.e.hub.publish(nil, []*Event[T]{e.event(EventUpdate)})
+		s.e.hub.publish(nil, 0, nil, e.event(EventUpdate))
 	}
 	return SetUpdated, true
 }
 
 // memEngine is a map of kinds behind a mutex.
 type memEngine[T any] struct {
-	hub *hub[T] // gets events while mu is locked, so that they come in the order of writes
+	hub *hub[T, T] // gets events while mu is locked, so that they come in the order of writes
 
 	mu     sync.RWMutex
 	kinds  map[string]*memKind[T] // protected by mu
@@ -119,31 +118,27 @@ type memKind[T any] struct {
 	changed []string // protected by index; keys that came or went since
 }
 
-func (e *memEngine[T]) read(fn func(snapshot[T]) error) error {
+func (e *memEngine[T]) read(_ bool, fn func(snapshot[T]) error) error {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
 	return fn(&memTx[T]{memEngine: e})
 }
 
-func (e *memEngine[T]) view(fn func(snapshot[T]) error) error { return e.read(fn) }
-
 func (e *memEngine[T]) streams() bool { return false }
-
-func (e *memEngine[T]) changes(int64) ([]Event[T], error) { return nil, nil }
 
 func (e *memEngine[T]) wait(<-chan struct{}) bool { return false }
 
 func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	t := memTx[T]{memEngine: e, watched: e.hub.watched()}
+	t := memTx[T]{memEngine: e, watched: e.hub.watched.Load()}
 	defer t.rollback() // also after a panic or Goexit
 	if err := fn(&t); err != nil {
 		return err
 	}
 	t.undo = nil
 	if len(t.changes) > 0 {
-		e.hub.publish(nil, t.changes)
+		e.hub.publish(nil, 0, nil, t.changes...)
 	}
 	return nil
 }
@@ -180,42 +175,36 @@ func (t *memTx[T]) get(kind, key string, _ bool) (*Entry[T], error) {
 	return nil, nil
 }
 
-func (t *memTx[T]) scan(kind string, r Range) iter.Seq2[Entry[T], error] {
-	return func(yield func(Entry[T], error) bool) {
-		k := t.kinds[kind]
-		if k == nil {
-			return
+func (t *memTx[T]) scan(kind string, r Range, each func(*Entry[T]) bool) error {
+	if kind == "" {
+		for kind := range t.kinds {
+			t.scan(kind, r, each)
 		}
-		keys := k.order()
-		lo, hi, bounded := r.bounds()
-		from, _ := slices.BinarySearch(keys, lo)
-		to := len(keys)
-		if bounded {
-			to, _ = slices.BinarySearch(keys, hi)
+		return nil
+	}
+	k := t.kinds[kind]
+	if k == nil {
+		return nil
+	}
+	keys := k.order()
+	lo, hi, bounded := r.bounds()
+	from, _ := slices.BinarySearch(keys, lo)
+	to := len(keys)
+	if bounded {
+		to, _ = slices.BinarySearch(keys, hi)
+	}
+	keys = keys[from:max(from, to)]
+	for n := range keys {
+		key := keys[n]
+		if r.Descending {
+			key = keys[len(keys)-1-n]
 		}
-		keys = keys[from:max(from, to)]
-		for n := range keys {
-			key := keys[n]
-			if r.Descending {
-				key = keys[len(keys)-1-n]
-			}
-			if r.Limit--; !yield(k.rows[key].entry(kind, key), nil) || r.Limit == 0 {
-				return
-			}
+		e := k.rows[key].entry(kind, key)
+		if r.Limit--; !each(&e) || r.Limit == 0 {
+			break
 		}
 	}
-}
-
-func (t *memTx[T]) all() iter.Seq2[Entry[T], error] {
-	return func(yield func(Entry[T], error) bool) {
-		for kind, k := range t.kinds {
-			for key, r := range k.rows {
-				if !yield(r.entry(kind, key), nil) {
-					return
-				}
-			}
-		}
-	}
+	return nil
 }
 
 func (t *memTx[T]) keys(kind string) ([]string, error) {
@@ -236,12 +225,11 @@ func (t *memTx[T]) count(kind string) (int, error) {
 func (t *memTx[T]) revision() (int64, error) { return t.newest, nil }
 
 // history has nothing to tell: the memory store keeps none.
-func (t *memTx[T]) history(since int64) iter.Seq2[Event[T], error] {
-	return func(yield func(Event[T], error) bool) {
-		if since != t.newest {
-			yield(Event[T]{}, ErrCompacted)
-		}
+func (t *memTx[T]) history(since int64, _ func(*Event[T]) bool) error {
+	if since != t.newest {
+		return ErrCompacted
 	}
+	return nil
 }
 
 func (t *memTx[T]) put(kind, key string, value T, version int64) error {

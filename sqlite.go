@@ -28,43 +28,38 @@ import (
 //
 // The newest row of the log can't be deleted, since it is where the store's
 // revision is kept. position counts the bytes logged before a row, so that the
-// log can be cut to a size without adding it up; it stands before the value,
-// so that it is read without it.
+// log can be cut to a size without adding it up.
 const (
 	schemaVersion = 1
+	schemaObjects = 7 // in createLog
 	tableColumns  = "kind:1 key:2 value:0 version:0 updated_at:0 revision:0"
 	oldColumns    = "kind:1 key:2 value:0 version:0 updated_at:0" // of the multi-package Zestor
-	schemaObjects = 7                                             // in createLog
 
 	createTable = `CREATE TABLE zestor_kv (
 		kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
 		version INTEGER NOT NULL DEFAULT 1,
 		updated_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ','now')),
 		revision INTEGER NOT NULL DEFAULT 0,
-		PRIMARY KEY (kind, key)) WITHOUT ROWID`
+		PRIMARY KEY (kind, key)) WITHOUT ROWID;`
 
-	newest       = `(SELECT max(revision) FROM zestor_log)`
-	nextRevision = `(SELECT ifnull(max(revision), 0) + 1 FROM zestor_log)`
-	logEnd       = `ifnull((SELECT position + size FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
-	same         = `CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB) AND NEW.revision <= OLD.revision`
-	after        = `max(CAST(OLD.version AS INTEGER), 1) + 1`
-	repair       = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
+	newest = `(SELECT max(revision) FROM zestor_log)`
+	logEnd = `ifnull((SELECT position + length(CAST(kind || key AS BLOB)) + length(value) + 64
+			FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
+	same   = `CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB) AND NEW.revision <= OLD.revision`
+	repair = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
 			WHERE key = NEW.key AND kind = iif(NEW.revision = last_insert_rowid() AND NEW.version = `
 
 	createLog = `
 	CREATE TABLE zestor_log (
 		revision INTEGER PRIMARY KEY, position INTEGER NOT NULL, type TEXT NOT NULL,
-		version INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
-		size AS (length(CAST(kind AS BLOB)) + length(CAST(key AS BLOB)) + length(value) + 64));
+		version INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL);
 	CREATE TRIGGER zestor_insert AFTER INSERT ON zestor_kv BEGIN
-		SELECT RAISE(ABORT, 'zestor: kind and key must be non-empty text')
-			WHERE NOT (NEW.kind > '' AND NEW.kind < x'' AND NEW.key > '' AND NEW.key < x'');
 		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'create', 1, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
 		UPDATE zestor_kv SET version = 1` + repair + `1, NULL, NEW.kind);
 	END;
 	CREATE TRIGGER zestor_update AFTER UPDATE OF value ON zestor_kv WHEN NOT (` + same + `) BEGIN
-		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'update', ` + after + `, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
-		UPDATE zestor_kv SET version = ` + after + repair + after + `, NULL, NEW.kind);
+		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'update', OLD.version + 1, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
+		UPDATE zestor_kv SET version = OLD.version + 1` + repair + `OLD.version + 1, NULL, NEW.kind);
 	END;
 	CREATE TRIGGER zestor_same AFTER UPDATE OF value ON zestor_kv WHEN ` + same + ` BEGIN
 		UPDATE zestor_kv SET version = OLD.version, revision = OLD.revision, updated_at = OLD.updated_at
@@ -86,7 +81,7 @@ const (
 	// can't be replayed.
 	upgradeTable = `
 	ALTER TABLE zestor_kv ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
-	UPDATE zestor_kv SET revision = number, version = max(1, CAST(version AS INTEGER)) FROM
+	UPDATE zestor_kv SET revision = number FROM
 		(SELECT kind AS k, key AS y, row_number() OVER (ORDER BY kind, key) AS number FROM zestor_kv)
 		WHERE kind = k AND key = y;
 	DROP INDEX IF EXISTS idx_kv_kind;` + createLog + `;
@@ -94,12 +89,11 @@ const (
 )
 
 const (
-	maxSize      = 1_000_000_000 - 1024  // of kind, key and value; sqlite.org/limits.html, item 1
+	maxSize      = 1_000_000_000         // of a value; sqlite.org/limits.html, item 1
 	readers      = 4                     // connections for short reads; more starve the writer on a small machine
 	pollInterval = 12 * time.Millisecond // at which a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction
-	maxWAL       = 12 << 20              // see limitWAL
-	maxCopy      = 16 << 20              // the driver keeps a copy of its arguments; after a longer one the connection is closed
+	maxWAL       = 6 << 20               // see restartWAL
 
 	// SQLite backs off to 100 ms between tries for a lock, and so finds a busy
 	// file never free. It gets this little time, and is asked again until
@@ -153,9 +147,11 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes, walLimit: maxWAL,
 		slots: make(chan struct{}, readers), turn: make(chan struct{}, 1), wake: make(chan struct{}, 1)}
 	if err := e.open(opts.DSN, opts.DisableWAL); err != nil {
-		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", printable(opts.DSN, len(opts.DSN)), err))
+		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", opts.DSN, err))
 	}
-	return newCore(e, opts.StoreOptions, encoder[T](opts.Codec, maxSize), decoder[T](opts.Codec), bytes.Equal), nil
+	c := newCore(e, opts.StoreOptions, encoder[T](opts.Codec), decoder[T](opts.Codec), bytes.Equal)
+	c.hub.tails = true
+	return c, nil
 }
 
 // dsn is a parsed DSN.
@@ -258,8 +254,8 @@ type sqliteEngine struct {
 	idle    []*conn    // protected by mu
 	waiting []*request // protected by mu; writes that may share a transaction
 
-	grown    int64 // for whose turn it is: what may have gone into the WAL since its size was looked at
-	walLimit int64 // the same: the size at which to empty it
+	grown    int64 // for whose turn it is: what may have gone into the WAL since it was started
+	walLimit int64 // the same: the size at which to start it anew
 }
 
 func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
@@ -302,66 +298,60 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 
 // prepare sees to it that the file has the schema.
 func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
-	var script, mode string
-	err := c.transaction("BEGIN", func() (err error) {
+	var script string
+	look := func() (err error) {
 		script, err = c.inspect()
-		mode = asText(c.value("PRAGMA journal_mode"))
-		return cmp.Or(err, c.err)
-	})
-	if err == nil && script != "" && s.dsn.readOnly() {
-		err = errors.New("not a Zestor file of this version: it would have to be made or upgraded, and is opened read-only")
+		return err
 	}
-	if err == nil && script != "" {
+	err := c.transaction("BEGIN", look)
+	switch {
+	case err != nil:
+		return err
+	case script != "" && s.dsn.readOnly():
+		return errors.New("not a Zestor file of this version: it would have to be made or upgraded, and is opened read-only")
+	case script != "":
 		c.exec("PRAGMA page_size = 2048") // of a new file: half as much WAL for a small change
 		err = c.transaction("BEGIN IMMEDIATE", func() error {
-			script, err := c.inspect() // another process may have been faster
+			err := look() // another process may have been faster
 			if err == nil && script != "" {
 				_, err = c.Conn.(driver.ExecerContext).ExecContext(context.Background(), script, nil)
 			}
 			return err
 		})
 	}
-	if err == nil && mode != "wal" && !disableWAL && !s.dsn.readOnly() && !s.dsn.private() {
-		mode = asText(c.value("PRAGMA journal_mode = WAL"))
-		c.err = nil // it is in use, or can't have a WAL: the mode it has will do
+	mode := "PRAGMA journal_mode = WAL"
+	if disableWAL || s.dsn.readOnly() {
+		mode = "PRAGMA journal_mode"
 	}
-	s.wal = mode == "wal"
+	s.wal = err == nil && asText(c.value(mode)) == "wal" // a file that is in use, or can't have a WAL, keeps its mode
 	return err
 }
 
 // inspect returns the SQL that makes the file one of this schema, "" for one
 // that is, and an error for one that can't be.
-func (c *conn) inspect() (string, error) {
-	table, objects, others := "", 0, 0
-	for v := range c.rows(`SELECT name, sql FROM sqlite_schema`) {
-		switch name, sql := asText(v[0]), asText(v[1]); {
-		case name == "zestor_kv":
-			table = sql
-		case sql != "" && strings.Contains(createLog, sql+";"):
+func (c *conn) inspect() (script string, err error) {
+	objects, others := 0, 0
+	for v := range c.rows(`SELECT sql || ';' FROM sqlite_schema WHERE sql IS NOT NULL`) {
+		switch sql := asText(v[0]); {
+		case strings.Contains(createLog, sql):
 			objects++
-		case !strings.HasPrefix(name, "sqlite_"):
+		case !strings.HasPrefix(sql, "CREATE TABLE sqlite_"):
 			others++
 		}
 	}
-	version := asInt(c.value(`PRAGMA user_version`))
-	if c.err == nil && table == createTable && objects == schemaObjects && version == schemaVersion {
-		return "", nil // most files need no closer look, for which SQLite takes its time
-	}
-	encoding := asText(c.value(`PRAGMA encoding`))
 	columns := asText(c.value(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
+	version := asInt(c.value(`PRAGMA user_version`))
 	switch {
 	case c.err != nil:
 		return "", c.err
-	case columns == "" && others+objects > 0:
+	case columns == "" && objects+others > 0:
 		return "", errors.New("not a Zestor file: it has tables, but no zestor_kv")
 	case version > schemaVersion:
 		return "", fmt.Errorf("written by a newer Zestor: its schema has version %d, this program knows %d", version, schemaVersion)
-	case encoding != "UTF-8":
-		return "", fmt.Errorf("not a Zestor file: its text is encoded as %s", encoding)
 	case version == schemaVersion && columns == tableColumns && objects == schemaObjects:
 		return "", nil
 	case version == 0 && columns == "":
-		return createTable + ";" + createLog, nil
+		return createTable + createLog, nil
 	case version == 0 && columns == oldColumns && objects == 0:
 		return upgradeTable, nil
 	}
@@ -373,6 +363,7 @@ func (c *conn) inspect() (string, error) {
 // goroutine uses it at a time.
 type conn struct {
 	driver.Conn
+	engine      *sqliteEngine
 	busyTimeout time.Duration
 	args        []driver.NamedValue
 	cursors     int   // rows being read
@@ -380,8 +371,8 @@ type conn struct {
 	done        bool  // not to be used again
 	err         error // SQLite's first since the connection was borrowed; nothing is run after it
 
-	logged int64 // bytes, in this transaction
-	now    string
+	changes, logged int64 // in this transaction: rows, and bytes
+	now             string
 }
 
 // connect opens a connection to the file that was opened first.
@@ -389,20 +380,11 @@ func (s *sqliteEngine) connect() (*conn, error) {
 	if err := s.moved(); err != nil { // SQLite would take the old file's WAL for the new one's
 		return nil, err
 	}
-	c := &conn{busyTimeout: s.busyTimeout}
-	uri := s.dsn.uri()
-	err := c.retry(func() (err error) {
-		c.Conn, err = new(sqlite3.SQLiteDriver).Open(uri)
+	c := &conn{engine: s, busyTimeout: s.busyTimeout}
+	return c, c.retry(func() (err error) {
+		c.Conn, err = new(sqlite3.SQLiteDriver).Open(s.dsn.uri())
 		return err
 	})
-	if err != nil {
-		return nil, err
-	}
-	if err := s.moved(); err != nil {
-		c.Close()
-		return nil, err
-	}
-	return c, nil
 }
 
 // moved fails if the path names another file than it did at first. What is
@@ -443,15 +425,15 @@ func (c *conn) retry(fn func() error) (err error) {
 // are not.
 func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 	return func(yield func([]driver.Value) bool) {
-		if c.err != nil {
-			return
-		}
 		c.args = c.args[:0]
 		for i, arg := range args {
-			c.args = append(c.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
-			if len(asBytes(arg))+len(asText(arg)) > maxCopy {
-				c.done = true
+			if size := len(asBytes(arg)) + len(asText(arg)); size > maxSize && c.err == nil {
+				c.err = fmt.Errorf("too big: %d bytes, where SQLite takes at most %d", size, maxSize)
 			}
+			c.args = append(c.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
+		}
+		if c.err != nil {
+			return
 		}
 		var rows driver.Rows
 		run := func() (err error) {
@@ -565,14 +547,13 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	return fn(c)
 }
 
-func (s *sqliteEngine) read(fn func(snapshot[[]byte]) error) error {
-	s.slots <- struct{}{}
-	defer func() { <-s.slots }()
-	return s.borrow(false, func(c *conn) error { return fn(c) })
-}
-
-// view needs no slot, since it may last, and others may begin inside.
-func (s *sqliteEngine) view(fn func(snapshot[[]byte]) error) error {
+// read needs no slot if it lasts, since others may begin inside.
+func (s *sqliteEngine) read(lasts bool, fn func(snapshot[[]byte]) error) error {
+	if !lasts {
+		s.slots <- struct{}{}
+		defer func() { <-s.slots }()
+		return s.borrow(false, func(c *conn) error { return fn(c) })
+	}
 	return s.borrow(false, func(c *conn) error {
 		return c.transaction("BEGIN", func() error { return fn(c) })
 	})
@@ -580,11 +561,10 @@ func (s *sqliteEngine) view(fn func(snapshot[[]byte]) error) error {
 
 func (s *sqliteEngine) streams() bool { return s.wal }
 
-const selectEntry = `SELECT CAST(value AS BLOB), version, revision, updated_at, key FROM zestor_kv `
-
-// entryOf makes an entry of the columns in selectEntry, or of the first.
-func entryOf(kind, key string, v []driver.Value) Entry[[]byte] {
-	e := Entry[[]byte]{Kind: kind, Key: key, Value: asBytes(v[0])}
+// entryOf makes an entry of value, version, revision, updated_at, key and kind,
+// or of the first of these.
+func entryOf(kind, key string, v []driver.Value) *Entry[[]byte] {
+	e := &Entry[[]byte]{Kind: kind, Key: key, Value: asBytes(v[0])}
 	if len(v) == 1 {
 		return e
 	}
@@ -598,52 +578,39 @@ func entryOf(kind, key string, v []driver.Value) Entry[[]byte] {
 func (c *conn) get(kind, key string, whole bool) (*Entry[[]byte], error) {
 	sql := `SELECT CAST(value AS BLOB) FROM zestor_kv WHERE kind = ? AND key = ?`
 	if whole {
-		sql = selectEntry + `WHERE kind = ? AND key = ?`
+		sql = `SELECT CAST(value AS BLOB), version, revision, updated_at FROM zestor_kv WHERE kind = ? AND key = ?`
 	}
 	v := c.exec(sql, kind, key)
 	if v == nil {
 		return nil, c.err
 	}
-	e := entryOf(kind, key, v)
-	return &e, nil
+	return entryOf(kind, key, v), nil
 }
 
-func (c *conn) scan(kind string, r Range) iter.Seq2[Entry[[]byte], error] {
+func (c *conn) scan(kind string, r Range, each func(*Entry[[]byte]) bool) error {
 	lo, hi, bounded := r.bounds()
-	var to driver.Value = hi
+	args := []driver.Value{kind, lo, hi, int64(cmp.Or(r.Limit, -1))}
 	if !bounded {
-		to = []byte{} // SQLite sorts every blob behind every text
+		args[2] = []byte{} // SQLite sorts every blob behind every text
 	}
-	if r.Limit == 0 {
-		r.Limit = -1
+	sql := `SELECT CAST(value AS BLOB), version, revision, updated_at, key FROM zestor_kv
+		WHERE kind = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?`
+	switch {
+	case kind == "":
+		sql, args = `SELECT CAST(value AS BLOB), version, revision, updated_at, key, kind FROM zestor_kv`, nil
+	case r.Descending:
+		sql = strings.Replace(sql, "ORDER BY key", "ORDER BY key DESC", 1)
 	}
-	sql := selectEntry + `WHERE kind = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?`
-	if r.Descending {
-		sql = selectEntry + `WHERE kind = ? AND key >= ? AND key < ? ORDER BY key DESC LIMIT ?`
-	}
-	return c.entries(kind, sql, kind, lo, to, int64(r.Limit))
-}
-
-func (c *conn) all() iter.Seq2[Entry[[]byte], error] {
-	return c.entries("", `SELECT CAST(value AS BLOB), version, revision, updated_at, key, kind FROM zestor_kv`)
-}
-
-// entries takes the kind from the last column if it is not given.
-func (c *conn) entries(kind, sql string, args ...driver.Value) iter.Seq2[Entry[[]byte], error] {
-	return func(yield func(Entry[[]byte], error) bool) {
-		for v := range c.rows(sql, args...) {
-			k := kind
-			if kind == "" {
-				k = asText(v[5])
-			}
-			if !yield(entryOf(k, asText(v[4]), v), nil) {
-				return
-			}
+	for v := range c.rows(sql, args...) {
+		e := entryOf(kind, asText(v[4]), v)
+		if kind == "" {
+			e.Kind = asText(v[5])
 		}
-		if c.err != nil {
-			yield(Entry[[]byte]{}, c.err)
+		if !each(e) {
+			break
 		}
 	}
+	return c.err
 }
 
 func (c *conn) keys(kind string) ([]string, error) {
@@ -664,37 +631,28 @@ func (c *conn) revision() (int64, error) {
 	return n, c.err
 }
 
-func (c *conn) history(since int64) iter.Seq2[Event[[]byte], error] {
-	return func(yield func(Event[[]byte], error) bool) {
-		// A look that finds nothing must stay cheap even where ANALYZE has made
-		// SQLite take the log for so short that it reads it all.
-		if newest, err := c.revision(); err == nil && newest <= since {
-			return
+func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
+	// A look that finds nothing must stay cheap even where ANALYZE has made
+	// SQLite take the log for so short that it reads it all.
+	if newest, err := c.revision(); err != nil || newest <= since {
+		return cmp.Or(err, c.engine.moved())
+	}
+	for v := range c.rows(`SELECT value, version, revision, type, kind, key FROM zestor_log WHERE revision > ? ORDER BY revision`, since) {
+		ev := entryOf(asText(v[4]), asText(v[5]), v).event(EventType(asText(v[3])))
+		if since++; ev.Revision != since || ev.Type != EventCreate && ev.Type != EventUpdate && ev.Type != EventDelete {
+			return ErrCompacted
 		}
-		for v := range c.rows(`SELECT value, version, revision, NULL, kind, key, type FROM zestor_log
-			WHERE revision > ? ORDER BY revision`, since) {
-			e := entryOf(asText(v[4]), asText(v[5]), v)
-			ch := *e.event(EventType(asText(v[6])))
-			var err error
-			if since++; ch.Revision != since {
-				err = gapError(ch.Revision - 1)
-			} else if ch.Type != EventCreate && ch.Type != EventUpdate && ch.Type != EventDelete {
-				err = gapError(ch.Revision)
-			}
-			if !yield(ch, err) || err != nil {
-				return
-			}
-		}
-		if c.err != nil {
-			yield(Event[[]byte]{}, c.err)
+		if !each(ev) {
+			break
 		}
 	}
+	return c.err
 }
 
 func (c *conn) put(kind, key string, value []byte, version int64) error {
-	sql := `UPDATE zestor_kv SET value = ?3, version = ?4, updated_at = ?5, revision = ` + nextRevision + ` WHERE kind = ?1 AND key = ?2`
+	sql := `UPDATE zestor_kv SET value = ?3, version = ?4, updated_at = ?5, revision = 1 + ` + newest + ` WHERE kind = ?1 AND key = ?2`
 	if version == 1 {
-		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ` + nextRevision + `)`
+		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ifnull(1 + ` + newest + `, 1))`
 	}
 	return c.write(kind, key, value, sql, kind, key, value, version, c.now)
 }
@@ -706,7 +664,8 @@ func (c *conn) remove(old *Entry[[]byte]) error {
 // write runs a statement, and counts what a trigger logs of it.
 func (c *conn) write(kind, key string, value []byte, sql string, args ...driver.Value) error {
 	c.exec(sql, args...)
-	c.logged += int64(len(kind) + len(key) + len(value) + 64) // the log's size
+	c.changes++
+	c.logged += int64(len(kind) + len(key) + len(value) + 64)
 	return c.err
 }
 
@@ -721,13 +680,13 @@ type request struct {
 // write waits for its turn. Shared writes are group commit: whose turn it is
 // does the work of all that wait, and they return with it.
 func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) error {
-	arrived := time.Now()
+	r := &request{fn: fn, arrived: time.Now()}
 	if !shared {
 		s.turn <- struct{}{}
 		defer func() { <-s.turn }()
-		return s.transact(arrived, func(c *conn) error { return fn(c) })
+		return s.transact(r.arrived, func(c *conn) error { return fn(c) })
 	}
-	r := &request{fn, arrived, nil, make(chan struct{})}
+	r.done = make(chan struct{})
 	s.mu.Lock()
 	s.waiting = append(s.waiting, r)
 	s.mu.Unlock()
@@ -737,6 +696,7 @@ func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) er
 			return r.err
 		case s.turn <- struct{}{}:
 			s.group()
+			<-s.turn
 		}
 	}
 }
@@ -757,22 +717,12 @@ func (s *sqliteEngine) group() {
 		group = append(group, r)
 		return r
 	}
-	err := errors.New("the transaction did not end")
-	defer func() {
-		for _, r := range group {
-			if err != nil {
-				r.err = err
-			}
-			close(r.done)
-		}
-		<-s.turn
-	}()
 	r := next()
 	if r == nil {
 		return // somebody else did it all
 	}
-	err = s.transact(r.arrived, func(c *conn) error {
-		for ; r != nil; r = next() {
+	err := s.transact(r.arrived, func(c *conn) error {
+		for r != nil {
 			if r.err = r.fn(c); c.err != nil {
 				s.mu.Lock()
 				s.waiting = append(group[:len(group)-1], s.waiting...)
@@ -780,12 +730,16 @@ func (s *sqliteEngine) group() {
 				group = []*request{r}
 				return c.err
 			}
-			if c.logged > groupBytes {
-				break
+			if r = nil; c.logged <= groupBytes {
+				r = next()
 			}
 		}
 		return nil
 	})
+	for _, r := range group {
+		r.err = cmp.Or(err, r.err)
+		close(r.done)
+	}
 }
 
 // transact is the one way to write. It is for whose turn it is. The wait for
@@ -807,22 +761,19 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 			c.writes = true
 		}
 		c.busyTimeout -= time.Since(arrived)
-		c.logged = 0
+		c.changes, c.logged = 0, 0
 		err := c.transaction(begin, func() error {
 			c.busyTimeout = s.busyTimeout
 			c.now = time.Now().UTC().Format("2006-01-02T15:04:05.000Z")
-			if err := fn(c); err != nil {
-				return err
+			if err := fn(c); err != nil || c.changes == 0 {
+				return cmp.Or(err, c.err)
 			}
 			s.trim(c)
 			return c.err
 		})
-		if c.logged > 0 {
-			s.grown += 16<<10 + 2*c.logged // a commit writes whole pages, and every change twice
+		if err == nil && c.changes > 0 {
 			try(s.wake, struct{}{})
-			if err == nil {
-				s.limitWAL(c)
-			}
+			s.restartWAL(c)
 		}
 		return err
 	})
@@ -832,9 +783,6 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 // to, it cuts a little more, so that most writes find nothing to do; and never
 // many more rows than the transaction has written.
 func (s *sqliteEngine) trim(c *conn) {
-	if c.logged == 0 {
-		return
-	}
 	size := c.value(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
 	if asInt(size) > s.historyBytes {
 		c.exec(`DELETE FROM zestor_log WHERE revision < (SELECT revision FROM zestor_log WHERE position >= `+logEnd+` - ?
@@ -843,67 +791,36 @@ func (s *sqliteEngine) trim(c *conn) {
 	}
 }
 
-// limitWAL empties the write-ahead log when it has become long. SQLite starts
-// it anew only at a moment when nobody reads from it, which overlapping
-// readers never leave; so this keeps the store from writing until the last of
-// them has gone. One try waits at a place in the log that later readers keep
-// taken, so it takes several. If all is in vain, the log may grow some more.
-func (s *sqliteEngine) limitWAL(c *conn) {
-	if s.grown < maxWAL/16 || !s.wal {
-		return
-	}
-	s.grown = 0
-	path, _ := filepath.EvalSymlinks(s.dsn.path) // as SQLite does to name the log
-	size := func() int64 {
-		if file, err := os.Stat(path + "-wal"); err == nil {
-			return file.Size()
-		}
-		return 0
-	}
-	if size() < s.walLimit {
+// restartWAL makes the next write begin the write-ahead log anew when it may
+// have become long. SQLite does so by itself only at a moment when nobody reads
+// from it, which overlapping readers never leave; so this keeps the store from
+// writing until the last of them has gone. One try waits at a place in the log
+// that later readers keep taken, so it takes several. If all is in vain, the
+// log may grow to twice the size.
+func (s *sqliteEngine) restartWAL(c *conn) {
+	s.grown += 8<<10 + 4<<10*c.changes + 2*c.logged // a change writes whole pages, of the table and of the log
+	if s.grown < s.walLimit || !s.wal {
 		return
 	}
 	patience := min(s.busyTimeout/2, 1500*time.Millisecond)
 	for start := time.Now(); time.Since(start) < patience; time.Sleep(lockPoll / 2) { // in which other processes may write
-		emptied := c.value(`PRAGMA wal_checkpoint(TRUNCATE)`) == int64(0) // not busy
-		c.err = nil                                                       // the commit has succeeded
-		if emptied {
-			break
+		restarted := c.value(`PRAGMA wal_checkpoint(RESTART)`) == int64(0) // not busy
+		c.err = nil                                                        // the commit has succeeded
+		if restarted {
+			s.grown, s.walLimit = 0, maxWAL
+			return
 		}
 	}
-	s.walLimit = max(maxWAL, 2*size())
-}
-
-func (s *sqliteEngine) changes(since int64) (changes []Event[[]byte], err error) {
-	if err := s.moved(); err != nil {
-		return nil, err
-	}
-	err = s.borrow(false, func(c *conn) error {
-		size := 0
-		for ch, err := range c.history(since) {
-			if err != nil || len(changes) == 256 || size > groupBytes {
-				return err
-			}
-			changes = append(changes, ch)
-			size += len(ch.Value)
-		}
-		return nil
-	})
-	return changes, err
+	s.walLimit = 2 * s.grown
 }
 
 // wait returns after a commit of this store, and every pollInterval for those of
 // others.
 func (s *sqliteEngine) wait(stop <-chan struct{}) bool {
-	var poll <-chan time.Time
-	if !s.dsn.private() {
-		poll = time.After(pollInterval)
-	}
 	select {
 	case <-s.wake:
-	case <-poll:
+	case <-time.After(pollInterval):
 	case <-stop:
-		try(s.wake, struct{}{}) // the token it took last may be meant for the next tail
 		return false
 	}
 	return true

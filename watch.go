@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -105,29 +104,32 @@ func (o *watchOptions) check() error {
 }
 
 func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error) {
-	w := &watch[T]{kind: kind, wake: make(chan struct{}, 1), settle: make(chan struct{})}
+	w := &watch[T, V]{kind: kind, wake: make(chan struct{}, 1), settle: make(chan struct{})}
 	w.limit = DefaultWatchBufferSize
-	err := c.call(place{"watch", kind}, func() error {
+	err := c.call(&place{"watch", kind}, func() error {
 		for _, opt := range opts {
 			if opt != nil {
 				opt(&w.watchOptions)
 			}
 		}
-		if err := w.check(); err != nil {
+		switch err := w.check(); {
+		case err != nil:
 			return err
-		}
-		if ctx == nil {
+		case ctx == nil:
 			return errors.New("context is nil")
-		}
-		if ctx.Err() != nil {
+		case ctx.Err() != nil:
 			return asIs(ctx.Err())
 		}
 		w.ctx, w.cancel = context.WithCancel(ctx)
 		w.ch = make(chan Event[T], min(w.limit, 64))
-		started := make(chan error, 1)
-		c.hub.running.Add(1) // Close waits for this call first
-		go c.run(w, started)
-		return <-started
+		if err := c.begin(w); err != nil {
+			w.cancel()
+			c.hub.remove(w)
+			return err
+		}
+		c.hub.running.Add(1)
+		go c.deliver(w)
+		return nil
 	})
 	if err != nil {
 		return nil, err
@@ -135,223 +137,209 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 	return w.ch, nil
 }
 
-// run is the life of a watch. It says in started how it began. What it is to
-// replay is held in memory, so that no consumer can hold up a snapshot, and
-// with it SQLite's write-ahead log.
-func (c *core[T, V]) run(w *watch[T], started chan<- error) {
-	defer c.hub.running.Done()
-	defer close(w.ch)
-	defer w.cancel()
-	defer c.hub.remove(w)
-	var past []Event[V]
-	err := c.engine.view(func(s snapshot[V]) (err error) {
-		// From here on the hub hands over every change that is not in s.
+// begin adds w to the hub and queues its replay, which is held in memory so
+// that no consumer can hold up a snapshot, and with it SQLite's write-ahead log.
+func (c *core[T, V]) begin(w *watch[T, V]) error {
+	synced := &Event[V]{Type: EventSynced, Kind: w.kind}
+	if w.initial || w.resume {
+		w.queue, w.free = []*Event[V]{synced}, 1
+	}
+	var past []*Event[V]
+	replay := func(ev *Event[V]) bool {
+		if w.wants(ev) {
+			past = append(past, ev)
+		}
+		return true
+	}
+	err := c.engine.read(true, func(s snapshot[V]) (err error) {
+		// From here on the hub hands over every change that is not in s, whose
+		// first read this is.
 		if err = c.hub.add(w, s.revision, c.tail); err != nil {
 			return err
 		}
+		synced.Revision = w.from
 		switch {
 		case w.resume && w.since > w.from:
 			return ErrCompacted
 		case w.resume:
-			for ev, err := range s.history(w.since) {
-				if err != nil {
-					return err
-				}
-				if w.wants(ev.Type, ev.Kind, ev.Key) {
-					past = append(past, ev)
-				}
-			}
-		case w.initial && w.wants(EventCreate, w.kind, w.prefix):
-			for e, err := range s.scan(w.kind, Range{Prefix: w.prefix}) {
-				if err != nil {
-					return err
-				}
-				past = append(past, *e.event(EventCreate))
-			}
+			return s.history(w.since, replay)
+		case w.initial && w.wants(&Event[V]{Type: EventCreate, Kind: w.kind, Key: w.prefix}):
+			return s.scan(w.kind, Range{Prefix: w.prefix}, func(e *Entry[V]) bool { return replay(e.event(EventCreate)) })
 		}
 		return nil
 	})
-	started <- err
-	if err == nil && c.replay(w, past) {
-		w.live()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.queue, w.free = append(past, w.queue...), w.free+len(past)
+	return err
+}
+
+// deliver sends what is queued until the watch ends. A codec that panics or
+// calls Goexit ends only the goroutine: another goes on.
+func (c *core[T, V]) deliver(w *watch[T, V]) {
+	ended := false
+	defer func() {
+		p := recover()
+		switch {
+		case ended:
+			w.cancel()
+			c.hub.remove(w)
+			close(w.ch)
+			c.hub.running.Done()
+			return
+		case p != nil:
+			w.failure = fmt.Errorf("codec panicked: %v", p)
+		default:
+			w.failure = errors.New("codec called Goexit")
+		}
+		go c.deliver(w)
+	}()
+	var ev Event[T] // the first in queue, if it is decoded
+	decoded := false
+	for !ended {
+		var next *Event[V]
+		w.mu.Lock()
+		if decoded && try(w.ch, ev) {
+			ended, decoded = w.shiftLocked(), false
+		}
+		if !decoded && len(w.queue) > 0 {
+			next = w.queue[0]
+		}
+		w.mu.Unlock()
+		if next != nil {
+			ev, decoded = c.eventOf(w, next), true
+		}
+		if next != nil || ended {
+			continue
+		}
+		var ch chan Event[T] // nil: nothing to send
+		if decoded {
+			ch = w.ch
+		}
+		select {
+		case ch <- ev:
+			w.mu.Lock()
+			ended, decoded = w.shiftLocked(), false
+			w.mu.Unlock()
+		case <-w.wake:
+		case <-w.settle:
+		case <-w.ctx.Done():
+			ended = true
+		}
 	}
 }
 
-// replay sends the past, and says whether the watch is to go on.
-func (c *core[T, V]) replay(w *watch[T], past []Event[V]) bool {
-	for len(past) > 0 {
-		if w.ctx.Err() != nil {
-			return false
-		}
-		some := past[:min(len(past), 16)]
-		for _, ev := range c.events(some) {
-			if !w.send(*ev) {
-				return false
-			}
-		}
-		clear(some) // hold no longer than needed
-		past = past[len(some):]
+func (c *core[T, V]) eventOf(w *watch[T, V], e *Event[V]) Event[T] {
+	ev := Event[T]{Type: e.Type, Kind: e.Kind, Key: e.Key, Version: e.Version, Revision: e.Revision, Err: e.Err}
+	if e.Type == EventSynced || e.Type == EventError {
+		return ev
 	}
-	if !w.initial && !w.resume {
-		return true
+	err := w.failure
+	if w.failure = nil; err == nil {
+		ev.Value, err = c.decode(e.Value)
 	}
-	return w.send(Event[T]{Type: EventSynced, Kind: w.kind, Revision: w.from})
+	if err != nil {
+		ev.Err = place{"watch", e.Kind, e.Key}.fail(err)
+	}
+	return ev
 }
 
-// events decodes changes. It does so on a goroutine of its own, since a codec
-// may panic or call Goexit, which must end neither the watch nor the program.
-func (c *core[T, V]) events(changes []Event[V]) (events []*Event[T]) {
-	decode := func(done chan<- struct{}) {
-		defer close(done)
-		var ev *Event[T]
-		fail := func(err error) { ev.Err = place{"watch", ev.Kind, ev.Key}.fail(err) }
-		end := errors.New("codec called Goexit")
-		defer func() {
-			if p := recover(); p != nil {
-				end = fmt.Errorf("codec panicked: %v", p)
-			}
-			if end != nil {
-				fail(end)
-			}
-		}()
-		for _, ch := range changes[len(events):] {
-			ev = &Event[T]{Type: ch.Type, Kind: ch.Kind, Key: ch.Key, Version: ch.Version, Revision: ch.Revision}
-			events = append(events, ev)
-			var err error
-			if ev.Value, err = c.decode(ch.Value); err != nil {
-				fail(err)
-			}
-		}
-		end = nil
-	}
-	for len(events) < len(changes) {
-		done := make(chan struct{})
-		go decode(done)
-		<-done
-	}
-	return events
-}
-
-// tail publishes the changes after a revision until stop is closed. Nothing is
-// decoded that nobody watches. What can't be had ends the watches that wait for
-// it.
+// tail publishes the changes after a revision until stop is closed, or it
+// can't have them.
 func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
-	h := &c.hub
-	defer h.running.Done()
+	defer c.hub.running.Done()
 	for {
-		more := false
-		changes, err := c.engine.changes(since)
-		if len(changes) > 0 {
-			since = changes[len(changes)-1].Revision
-			h.mu.Lock()
-			changes = slices.DeleteFunc(changes, func(ch Event[V]) bool {
-				return !slices.ContainsFunc(h.watches, func(w *watch[T]) bool { return w.wants(ch.Type, ch.Kind, ch.Key) })
+		var changes []*Event[V]
+		err := c.engine.read(false, func(s snapshot[V]) error {
+			return s.history(since, func(ev *Event[V]) bool {
+				changes, since = append(changes, ev), ev.Revision
+				return len(changes) < 256
 			})
-			h.mu.Unlock()
-			more = h.publish(stop, c.events(changes)) // a codec must not run under the lock
-		} else if err != nil {
-			next := h.lost(stop, since, err)
-			more, since = next > since, next
-		}
-		if !more && !c.engine.wait(stop) {
+		})
+		more := len(changes) > 0 || err != nil
+		since = c.hub.publish(stop, since, err, changes...)
+		if since < 0 || !more && !c.engine.wait(stop) {
 			return
 		}
 	}
 }
 
-// A gapError is ErrCompacted at a gap in the history. It is the revision after
-// which the history goes on.
-type gapError int64
-
-func (gapError) Error() string        { return ErrCompacted.Error() }
-func (gapError) Is(target error) bool { return target == ErrCompacted }
-
 // hub is the broadcast from a store's writers, or from its tail, to its
 // watches. An engine's lock may be held when mu is taken, never the other way
 // round; mu may be held when a watch's mu is taken.
-type hub[T any] struct {
+type hub[T, V any] struct {
 	running sync.WaitGroup // watches and tails
-	count   atomic.Int64   // len(watches)
+	watched atomic.Bool    // whether there are watches
+	tails   bool           // whether changes come from a tail
 
-	mu      sync.Mutex    // held while publishing, so that events stay in order
-	watches []*watch[T]   // protected by mu
-	stop    chan struct{} // protected by mu; ends the running tail; nil: none runs
+	mu      sync.Mutex     // held while publishing, so that events stay in order
+	watches []*watch[T, V] // protected by mu
+	stop    chan struct{}  // protected by mu; ends the running tail; nil: none runs
 }
 
 // add makes w receive every change after the revision that now returns. The
 // first watch starts a tail there.
-func (h *hub[T]) add(w *watch[T], now func() (int64, error), tail func(since int64, stop <-chan struct{})) (err error) {
+func (h *hub[T, V]) add(w *watch[T, V], now func() (int64, error), tail func(since int64, stop <-chan struct{})) (err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if w.from, err = now(); err != nil {
 		return err
 	}
 	h.watches = append(h.watches, w)
-	h.count.Store(int64(len(h.watches)))
-	if h.stop == nil {
+	h.watched.Store(true)
+	if h.tails && h.stop == nil {
 		h.stop = make(chan struct{})
-		h.running.Add(1) // w runs, so nobody has waited yet
+		h.running.Add(1)
 		go tail(w.from, h.stop)
 	}
 	return nil
 }
 
 // remove forgets w. With the last watch the tail ends.
-func (h *hub[T]) remove(w *watch[T]) {
+func (h *hub[T, V]) remove(w *watch[T, V]) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.watches = slices.DeleteFunc(h.watches, func(other *watch[T]) bool { return other == w })
-	h.count.Store(int64(len(h.watches)))
+	h.watches = slices.DeleteFunc(h.watches, func(other *watch[T, V]) bool { return other == w })
+	h.watched.Store(len(h.watches) > 0)
 	if len(h.watches) == 0 && h.stop != nil {
 		close(h.stop)
 		h.stop = nil
 	}
 }
 
-// publish hands events to whom they concern. It returns false if the tail that
-// calls it, if any, is not the running one any more.
-func (h *hub[T]) publish(tail <-chan struct{}, events []*Event[T]) bool {
+// publish hands changes to whom they concern. If err says why the next can't
+// be had, it ends the watches that wait for it. It returns the revision after
+// which the tail that calls it is to go on, or -1 if it is to end.
+func (h *hub[T, V]) publish(tail <-chan struct{}, since int64, err error, changes ...*Event[V]) int64 {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if tail != nil && tail != h.stop {
-		return false
+	if tail != h.stop {
+		return -1
 	}
-	for _, ev := range events {
-		for _, w := range h.watches {
-			if w.from < ev.Revision && w.wants(ev.Type, ev.Kind, ev.Key) {
+	next := int64(-1)
+	for _, w := range h.watches {
+		for _, ev := range changes {
+			if w.from < ev.Revision && w.wants(ev) {
 				w.offer(ev)
 			}
 		}
-	}
-	return true
-}
-
-// lost ends the watches that wait for what can't be had after a revision, and
-// returns the revision after which the history goes on.
-func (h *hub[T]) lost(tail <-chan struct{}, since int64, err error) int64 {
-	upTo, next := int64(math.MaxInt64), since
-	gap, isGap := err.(gapError)
-	if isGap {
-		upTo, next = int64(gap), int64(gap)
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, w := range h.watches {
-		if tail == h.stop && w.from < upTo {
-			reason := ErrCompacted
-			if !isGap {
-				reason = place{"watch", w.kind}.fail(err)
-			}
-			w.mu.Lock()
-			w.stopLocked(reason, max(since, w.from))
-			w.mu.Unlock()
+		if err != nil && w.from <= since {
+			w.stop(err, since)
+		} else if next < 0 || w.from < next {
+			next = w.from
 		}
+	}
+	if err == nil {
+		return since
+	}
+	if next < 0 {
+		h.stop = nil // the next watch starts another
 	}
 	return next
 }
 
 // end ends every watch.
-func (h *hub[T]) end() {
+func (h *hub[T, V]) end() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, w := range h.watches {
@@ -359,38 +347,37 @@ func (h *hub[T]) end() {
 	}
 }
 
-func (h *hub[T]) watched() bool { return h.count.Load() > 0 }
-
 // watch is a bounded queue of undelivered changes, and the goroutine that
-// alone sends on and closes ch. It ends with ctx, or
-// after an EventError.
-type watch[T any] struct {
+// alone sends on and closes ch. It ends with ctx, or after an EventError.
+type watch[T, V any] struct {
 	watchOptions
-	kind   string
-	ctx    context.Context // ends with the caller's, or when the store closes
-	cancel context.CancelFunc
-	ch     chan Event[T]
-	from   int64         // live changes come after this revision
-	wake   chan struct{} // gets a token when there is something to do
-	settle chan struct{} // live takes from it when it has counted what it sent
+	kind    string
+	ctx     context.Context // ends with the caller's, or when the store closes
+	cancel  context.CancelFunc
+	ch      chan Event[T]
+	from    int64         // live changes come after this revision
+	wake    chan struct{} // gets a token when there is something to send
+	settle  chan struct{} // deliver takes from it when it has counted what it sent
+	failure error         // deliver's; why the first in queue could not be decoded
 
 	mu      sync.Mutex
-	queue   []*Event[T] // protected by mu; changes that did not go into ch yet
-	sent    int         // protected by mu; changes that did
-	counts  bool        // protected by mu; live has begun
+	queue   []*Event[V] // protected by mu; what did not go into ch yet
+	free    int         // protected by mu; how many of these are the replay, which does not count
+	sent    int         // protected by mu; changes that went into ch
 	stopped bool        // protected by mu; an EventError is the last in queue
 }
 
-func (w *watch[T]) wants(what EventType, kind, key string) bool {
-	return w.kind == kind && strings.HasPrefix(key, w.prefix) && (w.types == nil || slices.Contains(w.types, what))
+func (w *watch[T, V]) wants(ev *Event[V]) bool {
+	return w.kind == ev.Kind && strings.HasPrefix(ev.Key, w.prefix) && (w.types == nil || slices.Contains(w.types, ev.Type))
 }
 
 // offer queues a change, unless the watch holds too many.
-func (w *watch[T]) offer(ev *Event[T]) {
+func (w *watch[T, V]) offer(ev *Event[V]) {
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.fullLocked() && w.counts && !w.stopped {
-		// The consumer may have taken what live has not counted yet.
+	// What was sent last is what is left in ch.
+	full := func() bool { return len(w.queue)-w.free+min(w.sent, len(w.ch)) >= w.limit }
+	if full() && w.free == 0 && !w.stopped {
+		// The consumer may have taken what deliver has not counted yet.
 		w.mu.Unlock()
 		select {
 		case w.settle <- struct{}{}:
@@ -398,81 +385,46 @@ func (w *watch[T]) offer(ev *Event[T]) {
 		}
 		w.mu.Lock()
 	}
-	if w.fullLocked() {
-		w.stopLocked(ErrWatchOverflow, ev.Revision-1)
-	} else if !w.stopped {
+	overflow := full()
+	if !overflow && !w.stopped {
 		w.queue = append(w.queue, ev)
 		try(w.wake, struct{}{})
 	}
-}
-
-// fullLocked relies on what was sent last being what is left in ch.
-func (w *watch[T]) fullLocked() bool {
-	return len(w.queue)+min(w.sent, len(w.ch)) >= w.limit
-}
-
-// stopLocked makes the watch end with err when it has delivered what it holds.
-func (w *watch[T]) stopLocked(err error, complete int64) {
-	if !w.stopped {
-		w.stopped = true
-		w.queue = append(w.queue, &Event[T]{Type: EventError, Kind: w.kind, Revision: complete, Err: err})
-		try(w.wake, struct{}{})
+	w.mu.Unlock()
+	if overflow {
+		w.stop(ErrWatchOverflow, ev.Revision-1)
 	}
 }
 
-// live sends what is queued until the watch ends.
-func (w *watch[T]) live() {
-	for w.ctx.Err() == nil {
-		w.mu.Lock()
-		n := 0
-		for n < min(len(w.queue), 64) && try(w.ch, *w.queue[n]) {
-			n++
-		}
-		rest, stopped := w.shiftLocked(n), w.stopped
-		w.counts = true
-		w.mu.Unlock()
-		var next Event[T]
-		var ch chan Event[T] // nil: nothing to send
-		if len(rest) > 0 {
-			ch, next = w.ch, *rest[0] // it stays in the queue, and counts, until it is sent
-		} else if stopped {
-			return
-		}
-		select {
-		case ch <- next:
-			w.mu.Lock()
-			w.shiftLocked(1)
-			w.mu.Unlock()
-		case <-w.wake:
-		case <-w.settle:
-		case <-w.ctx.Done():
-		}
+// stop makes the watch end with err when it has delivered what it holds.
+func (w *watch[T, V]) stop(err error, complete int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.stopped {
+		return
 	}
+	if err != ErrWatchOverflow && err != ErrCompacted {
+		err = place{"watch", w.kind}.fail(err)
+	}
+	w.stopped = true
+	w.queue = append(w.queue, &Event[V]{Type: EventError, Kind: w.kind, Revision: complete, Err: err})
+	try(w.wake, struct{}{})
 }
 
-// shiftLocked takes from the queue what was sent, and returns the rest.
-func (w *watch[T]) shiftLocked(n int) []*Event[T] {
-	w.sent += n
-	clear(w.queue[:n]) // hold no longer than needed
-	switch {
-	case n < len(w.queue):
-		w.queue = w.queue[n:]
-	case cap(w.queue) > 1024:
-		w.queue = nil // after a burst
-	default:
-		w.queue = w.queue[:0]
+// shiftLocked takes from the queue what was sent, and says whether that was
+// the last.
+func (w *watch[T, V]) shiftLocked() (last bool) {
+	if w.free > 0 {
+		w.free--
+	} else {
+		w.sent++
 	}
-	return w.queue
-}
-
-// send delivers, unless the watch ends before the consumer takes it.
-func (w *watch[T]) send(ev Event[T]) bool {
-	select {
-	case w.ch <- ev:
-		return true
-	case <-w.ctx.Done():
-		return false
+	last = w.queue[0].Type == EventError
+	w.queue[0] = nil // hold no longer than needed
+	if w.queue = w.queue[1:]; len(w.queue) == 0 {
+		w.queue = nil
 	}
+	return last
 }
 
 // try sends if it can do so at once.

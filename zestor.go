@@ -341,13 +341,13 @@ type snapshot[V any] interface {
 	// get returns nil if the key is absent. Of an entry that is not asked for
 	// whole it may leave out all but the value.
 	get(kind, key string, whole bool) (*Entry[V], error)
-	scan(kind string, r Range) iter.Seq2[Entry[V], error]
-	all() iter.Seq2[Entry[V], error]
+	scan(kind string, r Range, each func(*Entry[V]) bool) error // kind "": all kinds
 	keys(kind string) ([]string, error)
 	count(kind string) (int, error)
 	revision() (int64, error)
-	// history yields every change after since, and ErrCompacted at a gap.
-	history(since int64) iter.Seq2[Event[V], error]
+	// history calls each with all changes after since, and returns ErrCompacted
+	// where one is missing.
+	history(since int64, each func(*Event[V]) bool) error
 }
 
 // transaction is a snapshot that can be changed. A write takes the next
@@ -360,18 +360,15 @@ type transaction[V any] interface {
 
 // engine is what differs between the stores.
 type engine[V any] interface {
-	// read is for one call on the snapshot, view for any number.
-	read(fn func(snapshot[V]) error) error
-	view(fn func(snapshot[V]) error) error
-	// streams says that a view is in nobody's way, so that it may last.
+	// read is for one call on the snapshot, or, if it lasts, for any number.
+	read(lasts bool, fn func(snapshot[V]) error) error
+	// streams says that a read that lasts is in nobody's way.
 	streams() bool
 	// write commits if fn returns nil. A shared fn runs no callbacks: another
 	// caller's goroutine may run it, in one transaction with others.
 	write(shared bool, fn func(transaction[V]) error) error
-	// changes returns the next changes after since, if there are any, and wait
-	// when there may be more: false once stop is closed, and at once from an
-	// engine that publishes in write.
-	changes(since int64) ([]Event[V], error)
+	// wait returns true when there may be more history, and false once stop
+	// is closed.
 	wait(stop <-chan struct{}) bool
 	close() error
 }
@@ -381,11 +378,11 @@ type core[T, V any] struct {
 	writer[T, V]
 	engine  engine[V]
 	options StoreOptions[T]
-	nilable bool                                       // a T can be a nil pointer
-	encode  func(kind, key string, value T) (V, error) // runs the codec
-	decode  func(V) (T, error)                         // runs the codec
-	equal   func(prev, next V) bool                    // without CompareFn
-	hub     hub[T]
+	nilable bool                    // a T can be a nil pointer
+	encode  func(T) (V, error)      // runs the codec
+	decode  func(V) (T, error)      // runs the codec
+	equal   func(prev, next V) bool // without CompareFn
+	hub     hub[T, V]
 	open    sync.RWMutex // read-locked by each call; Close locks it for good
 	closing sync.Once
 	repeats atomic.Bool // the last Set changed nothing, so the next may not either
@@ -408,22 +405,22 @@ type tx[V any] struct {
 	done   atomic.Bool
 }
 
-func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(kind, key string, value T) (V, error),
-	decode func(V) (T, error), equal func(prev, next V) bool) *core[T, V] {
+func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(T) (V, error), decode func(V) (T, error),
+	equal func(prev, next V) bool) *core[T, V] {
 	opts.ValidateFns = maps.Clone(opts.ValidateFns)
-	c := &core[T, V]{engine: e, options: opts, encode: encode, decode: decode, equal: equal}
 	kind := reflect.TypeFor[T]().Kind()
-	c.nilable = kind == reflect.Pointer || kind == reflect.Interface
+	c := &core[T, V]{engine: e, options: opts, encode: encode, decode: decode, equal: equal,
+		nilable: kind == reflect.Pointer || kind == reflect.Interface}
 	c.c = c
 	return c
 }
 
 func (c *core[T, V]) View(fn func(tx Reader[T]) error) error {
-	return c.call(place{"view"}, func() error {
+	return c.call(&place{"view"}, func() error {
 		if fn == nil {
 			return errNilFunc
 		}
-		return c.engine.view(func(s snapshot[V]) error {
+		return c.engine.read(true, func(s snapshot[V]) error {
 			if _, err := s.revision(); err != nil { // SQLite takes the snapshot at the first read
 				return err
 			}
@@ -435,7 +432,7 @@ func (c *core[T, V]) View(fn func(tx Reader[T]) error) error {
 }
 
 func (c *core[T, V]) Update(fn func(tx ReadWriter[T]) error) error {
-	return c.call(place{"update"}, func() error {
+	return c.call(&place{"update"}, func() error {
 		if fn == nil {
 			return errNilFunc
 		}
@@ -460,17 +457,13 @@ func (c *core[T, V]) Close() (err error) {
 
 // call is the frame of every method: it enters the store or transaction,
 // checks the names, and wraps the error.
-func (r reader[T, V]) call(at place, fn func() error) error {
-	if r.tx != nil {
-		if r.tx.done.Load() {
-			return at.fail(ErrTxDone)
-		}
-	} else {
-		// This also fails while Close waits, so that a call from the body of
-		// a Scan does not wait for Close in turn.
-		if !r.c.open.TryRLock() {
-			return at.fail(ErrClosed)
-		}
+func (r reader[T, V]) call(at *place, fn func() error) error {
+	switch {
+	case r.tx != nil && r.tx.done.Load():
+		return at.fail(ErrTxDone)
+	case r.tx == nil && !r.c.open.TryRLock(): // also while Close waits, lest it and a Scan's body wait for each other
+		return at.fail(ErrClosed)
+	case r.tx == nil:
 		defer r.c.open.RUnlock()
 	}
 	if err := at.check(); err != nil {
@@ -479,23 +472,21 @@ func (r reader[T, V]) call(at place, fn func() error) error {
 	return at.fail(fn())
 }
 
-// query is a method that reads once.
-func query[T, V, R any](r reader[T, V], at place, fn func(snapshot[V]) (R, error)) (result R, err error) {
-	err = r.call(at, func() (err error) {
-		result, err = read(r, fn)
-		return err
-	})
-	return result, err
-}
-
-// read runs fn in a snapshot of its own or in the transaction that it is in.
-func read[T, V, R any](r reader[T, V], fn func(snapshot[V]) (R, error)) (result R, err error) {
+// read runs fn in the transaction that r is in, or in a snapshot of its own.
+func (r reader[T, V]) read(lasts bool, fn func(snapshot[V]) error) error {
 	if r.tx != nil {
 		return fn(r.tx)
 	}
-	err = r.c.engine.read(func(s snapshot[V]) (err error) {
-		result, err = fn(s)
-		return err
+	return r.c.engine.read(lasts, fn)
+}
+
+// query is a method that reads once.
+func query[T, V, R any](r reader[T, V], at place, fn func(snapshot[V]) (R, error)) (result R, err error) {
+	err = r.call(&at, func() error {
+		return r.read(false, func(s snapshot[V]) (err error) {
+			result, err = fn(s)
+			return err
+		})
 	})
 	return result, err
 }
@@ -519,7 +510,7 @@ func (r reader[T, V]) entry(at place, whole bool) (e Entry[T], ok bool, err erro
 }
 
 func (r reader[T, V]) List(kind string, filters ...FilterFunc[T]) (map[string]T, error) {
-	entries, err := r.entries(place{"list", kind}, func(s snapshot[V]) iter.Seq2[Entry[V], error] { return s.scan(kind, Range{}) })
+	entries, err := r.entries(place{"list", kind}, kind)
 	if err != nil {
 		return nil, err
 	}
@@ -538,7 +529,7 @@ func (r reader[T, V]) Keys(kind string) ([]string, error) {
 }
 
 func (r reader[T, V]) Values(kind string) ([]Entry[T], error) {
-	return r.entries(place{"values", kind}, func(s snapshot[V]) iter.Seq2[Entry[V], error] { return s.scan(kind, Range{}) })
+	return r.entries(place{"values", kind}, kind)
 }
 
 func (r reader[T, V]) Count(kind string) (int, error) {
@@ -546,7 +537,7 @@ func (r reader[T, V]) Count(kind string) (int, error) {
 }
 
 func (r reader[T, V]) GetAll() (map[string]map[string]T, error) {
-	entries, err := r.entries(place{"getall"}, snapshot[V].all)
+	entries, err := r.entries(place{"getall"}, "")
 	if err != nil {
 		return nil, err
 	}
@@ -563,38 +554,29 @@ func (r reader[T, V]) GetAll() (map[string]map[string]T, error) {
 func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		stopped := false
-		each := func(rows iter.Seq2[Entry[V], error]) error {
-			for row, err := range rows {
-				if err != nil {
-					return err
-				}
-				if stopped = !yield(r.c.entryOf("scan", &row)); stopped {
-					return nil
-				}
-				if r.tx != nil && r.tx.done.Load() { // an iter.Pull that outlived it
-					return ErrTxDone
-				}
-			}
-			return nil
+		each := func(e *Entry[V]) bool {
+			stopped = !yield(r.c.entryOf("scan", e))
+			return !stopped && (r.tx == nil || !r.tx.done.Load())
 		}
-		err := r.call(place{"scan", kind}, func() error {
-			streams := r.c.engine.streams()
+		err := r.call(&place{"scan", kind}, func() (err error) {
 			switch {
 			case rg.Limit < 0:
 				return fmt.Errorf("negative limit %d", rg.Limit)
-			case streams && r.tx == nil:
-				return r.c.engine.view(func(s snapshot[V]) error { return each(s.scan(kind, rg)) })
-			case streams && r.tx.change == nil:
-				return each(r.tx.scan(kind, rg))
-			}
-			rows, err := read(r, func(s snapshot[V]) ([]Entry[V], error) { return collect(s.scan(kind, rg)) })
-			if err != nil {
-				return err
-			}
-			return each(func(yield func(Entry[V], error) bool) {
-				for i := 0; i < len(rows) && yield(rows[i], nil); i++ {
+			case r.c.engine.streams() && (r.tx == nil || r.tx.change == nil):
+				err = r.read(true, func(s snapshot[V]) error { return s.scan(kind, rg, each) })
+			default:
+				var rows []Entry[V]
+				err = r.read(false, func(s snapshot[V]) (err error) {
+					rows, err = collect(s, kind, rg)
+					return err
+				})
+				for i := 0; i < len(rows) && each(&rows[i]); i++ {
 				}
-			})
+			}
+			if err == nil && r.tx != nil && r.tx.done.Load() { // an iter.Pull outlived it
+				err = ErrTxDone
+			}
+			return err
 		})
 		if err != nil && !stopped {
 			yield(Entry[T]{}, err)
@@ -606,7 +588,7 @@ func (r reader[T, V]) Revision() (int64, error) {
 	return query(r, place{"revision"}, snapshot[V].revision)
 }
 
-// write runs fn in a transaction of its own or in the Update that it is in.
+// write runs fn in the Update that w is in, or in a transaction of its own.
 func (w writer[T, V]) write(shared bool, fn func(transaction[V]) error) error {
 	if w.tx != nil {
 		return fn(w.tx.change)
@@ -627,8 +609,8 @@ func (w writer[T, V]) SetIf(kind, key string, value T, revision int64) (int64, e
 // set stores a value; for SetIf, want is the revision to be replaced.
 func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, revision int64, err error) {
 	kind, key := at[1], at[2]
-	err = w.call(at, func() error {
-		v, err := w.c.check(kind, key, value)
+	err = w.call(&at, func() error {
+		v, err := w.c.check(kind, value)
 		if err != nil {
 			return err
 		}
@@ -651,7 +633,7 @@ func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, rev
 }
 
 func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error) {
-	err = w.call(place{"setfn", kind, key}, func() error {
+	err = w.call(&place{"setfn", kind, key}, func() error {
 		if fn == nil {
 			return errNilFunc
 		}
@@ -670,7 +652,7 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 			if value, err = fn(value); err != nil {
 				return err
 			}
-			v, err := w.c.check(kind, key, value)
+			v, err := w.c.check(kind, value)
 			if err != nil {
 				return err
 			}
@@ -683,47 +665,45 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 }
 
 func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
+	at := place{"setmany", kind}
 	keys := slices.Sorted(maps.Keys(values))
 	encoded, versions := make([]V, len(keys)), make([]int64, len(keys))
-	each := func(do func(i int, key string) error) error {
+	return w.call(&at, func() (err error) {
 		for i, key := range keys {
-			if err := do(i, key); err != nil {
-				return asIs(place{"setmany", kind, key}.fail(err))
+			at = place{"setmany", kind, key}
+			if err = at.check(); err == nil {
+				encoded[i], err = w.c.check(kind, values[key])
 			}
-		}
-		return nil
-	}
-	return w.call(place{"setmany", kind}, func() error {
-		err := each(func(i int, key string) (err error) {
-			if key == "" {
-				return ErrKeyRequired
-			}
-			encoded[i], err = w.c.check(kind, key, values[key])
-			return err
-		})
-		if err != nil || len(keys) == 0 {
-			return err
-		}
-		return w.write(false, func(t transaction[V]) error {
-			err := each(func(i int, key string) (err error) {
-				versions[i], _, err = w.c.compare(t, kind, key, values[key], encoded[i], nil)
-				return err
-			})
 			if err != nil {
 				return err
 			}
-			return each(func(i int, key string) error {
-				if versions[i] == 0 {
-					return nil
+		}
+		if at = at[:2]; len(keys) == 0 {
+			return nil
+		}
+		return w.write(false, func(t transaction[V]) (err error) {
+			for i, key := range keys {
+				at = place{"setmany", kind, key}
+				if versions[i], _, err = w.c.compare(t, kind, key, values[key], encoded[i], nil); err != nil {
+					return err
 				}
-				return t.put(kind, key, encoded[i], versions[i])
-			})
+			}
+			for i, key := range keys {
+				at = place{"setmany", kind, key}
+				if versions[i] > 0 {
+					if err = t.put(kind, key, encoded[i], versions[i]); err != nil {
+						return err
+					}
+				}
+			}
+			at = at[:2]
+			return nil
 		})
 	})
 }
 
 func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
-	err = w.call(place{"delete", kind, key}, func() error {
+	err = w.call(&place{"delete", kind, key}, func() error {
 		for { // until nobody has written in between: the codec must not run in a shared transaction
 			old, err := w.look(kind, key, true)
 			if err != nil || old == nil {
@@ -749,13 +729,17 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 	return true, prev, nil
 }
 
-// look reads an entry, within the tx if there is one.
-func (r reader[T, V]) look(kind, key string, whole bool) (*Entry[V], error) {
-	return read(r, func(s snapshot[V]) (*Entry[V], error) { return s.get(kind, key, whole) })
+// look reads an entry.
+func (r reader[T, V]) look(kind, key string, whole bool) (e *Entry[V], err error) {
+	err = r.read(false, func(s snapshot[V]) (err error) {
+		e, err = s.get(kind, key, whole)
+		return err
+	})
+	return e, err
 }
 
 // check is what a value has to pass before anything is written.
-func (c *core[T, V]) check(kind, key string, value T) (v V, err error) {
+func (c *core[T, V]) check(kind string, value T) (v V, err error) {
 	if c.nilable {
 		if p := reflect.ValueOf(value); p.Kind() == reflect.Pointer && p.IsNil() {
 			return v, errors.New("value is a nil pointer")
@@ -766,7 +750,7 @@ func (c *core[T, V]) check(kind, key string, value T) (v V, err error) {
 			return v, err
 		}
 	}
-	return c.encode(kind, key, value)
+	return c.encode(value)
 }
 
 // compare returns the version that a checked value would have, or 0 if it
@@ -825,9 +809,9 @@ func (c *core[T, V]) entryOf(op string, r *Entry[V]) (Entry[T], error) {
 	return Entry[T]{r.Kind, r.Key, value, r.Version, r.Revision, r.UpdatedAt}, err
 }
 
-// entries decodes what pick selects, after giving back what reading it took.
-func (r reader[T, V]) entries(at place, pick func(snapshot[V]) iter.Seq2[Entry[V], error]) ([]Entry[T], error) {
-	rows, err := query(r, at, func(s snapshot[V]) ([]Entry[V], error) { return collect(pick(s)) })
+// entries decodes a kind, or all, after giving back what reading it took.
+func (r reader[T, V]) entries(at place, kind string) ([]Entry[T], error) {
+	rows, err := query(r, at, func(s snapshot[V]) ([]Entry[V], error) { return collect(s, kind, Range{}) })
 	if err != nil {
 		return nil, err
 	}
@@ -840,15 +824,12 @@ func (r reader[T, V]) entries(at place, pick func(snapshot[V]) iter.Seq2[Entry[V
 	return entries, nil
 }
 
-// collect is slices.Collect for a sequence that may end with an error.
-func collect[E any](seq iter.Seq2[E, error]) (all []E, err error) {
-	for e, err := range seq {
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, e)
-	}
-	return all, nil
+func collect[V any](s snapshot[V], kind string, r Range) (rows []Entry[V], err error) {
+	err = s.scan(kind, r, func(e *Entry[V]) bool {
+		rows = append(rows, *e)
+		return true
+	})
+	return rows, err
 }
 
 var errNilFunc = errors.New("function is nil")
@@ -869,11 +850,11 @@ func (p place) check() error {
 
 // fail wraps an error once.
 func (p place) fail(err error) error {
-	if err == nil {
+	switch e := err.(type) {
+	case nil:
 		return nil
-	}
-	if final, ok := err.(finalError); ok {
-		return final.error
+	case finalError:
+		return e.error
 	}
 	return &placedError{p, err}
 }
@@ -890,28 +871,27 @@ func asIs(err error) error {
 
 type placedError struct {
 	place place
-	err   error
+	error
 }
 
-func (e *placedError) Unwrap() error { return e.err }
+func (e *placedError) Unwrap() error { return e.error }
 
 func (e *placedError) Error() string {
 	s := "zestor: " + e.place[0]
 	for i, name := range e.place[1:] {
-		s += " /"[i:i+1] + printable(name, 100)
+		s += " /"[i:i+1] + printable(name)
 	}
-	return s + ": " + strings.TrimPrefix(e.err.Error(), "zestor: ")
+	return s + ": " + strings.TrimPrefix(e.error.Error(), "zestor: ")
 }
 
-// printable makes a name fit for an error message: on one line, and not a
-// megabyte long.
-func printable(name string, most int) string {
-	short := name[:min(len(name), most)]
-	if quoted := strconv.Quote(short); quoted[1:len(quoted)-1] != short {
-		short = quoted
+// printable makes a name fit for one line of an error message.
+func printable(name string) string {
+	quoted := strconv.Quote(name[:min(len(name), 100)])
+	switch {
+	case len(name) > 100:
+		return fmt.Sprintf("%s... (%d bytes)", quoted, len(name))
+	case quoted[1:len(quoted)-1] == name:
+		return name
 	}
-	if len(name) > most {
-		short += fmt.Sprintf("... (%d bytes)", len(name))
-	}
-	return short
+	return quoted
 }
