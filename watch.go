@@ -42,6 +42,10 @@ type Event[T any] struct {
 	Err error
 }
 
+func (e *Entry[V]) event(what EventType) *Event[V] {
+	return &Event[V]{what, e.Kind, e.Key, e.Value, e.Version, e.Revision, nil}
+}
+
 // WatchOption is an option of Watch. A nil one is skipped; of a repeated one
 // the last holds.
 type WatchOption func(*watchOptions)

@@ -1,6 +1,6 @@
-// Package zestor is a typed key-value store that a program can watch: a map
-// behind a mutex for tests and caches, or one SQLite file for data that must
-// survive. Both do the same, so swapping them changes one line.
+// Package zestor is a typed key-value store that a program can watch: a map behind a mutex for
+// tests and caches, or one SQLite file for data that must survive. Both do the same, so swapping
+// them changes one line.
 //
 //	s, err := zestor.NewSQLiteStore[User](zestor.SQLiteOptions[User]{DSN: "app.db"})
 //	if err != nil {
@@ -13,48 +13,44 @@
 //		fmt.Println(ev.Type, ev.Key, ev.Value.Name)
 //	}
 //
-// Values live in kinds (think tables). Inside a kind, a key names one value of
-// type T. Kinds and keys are any non-empty strings of bytes, and sort bytewise.
+// Values live in kinds (think tables). Inside a kind, a key names one value of type T. Kinds and
+// keys are any non-empty strings of bytes, and sort bytewise.
 //
 // # Versions and revisions
 //
-// A key's version counts the writes to it since it was last created, from 1.
-// The store's revision counts every committed change, deletes too, without
-// holes, and never goes back. A write that leaves a value equal to what it was
-// is no change: it takes neither, and sends no event.
+// A key's version counts the writes to it since it was last created, from 1. The store's revision
+// counts every committed change, deletes too, without holes, and never goes back. A write that
+// leaves a value equal to what it was is no change: it takes neither, and sends no event.
 //
 // # Ownership
 //
-// Values are shared, not copied. A value given to a store, or received from
-// it, must not be modified.
+// Values are shared, not copied. A value given to a store, or received from it, must not be
+// modified.
 //
 // # Watching
 //
-// A watch delivers each change of a kind exactly once, in revision order,
-// after its commit, whoever made it: for a file also another process, or a
-// person with the sqlite3 shell. One that falls too far behind is told so and
-// ends; it never loses an event in silence, and no writer waits for it.
+// A watch delivers each change of a kind exactly once, in revision order, after its commit, whoever
+// made it: for a file also another process, or a person with the sqlite3 shell. One that falls too
+// far behind is told so and ends; it never loses an event in silence, and no writer waits for it.
 //
 // # Durability
 //
-// In a SQLite file, a write that has returned survives the death of the
-// process and, as far as fsync reaches, of the machine. A transaction is there
-// whole or not at all. The memory store keeps nothing after Close.
+// In a SQLite file, a write that has returned survives the death of the process and, as far as fsync
+// reaches, of the machine. A transaction is there whole or not at all. The memory store keeps
+// nothing after Close.
 //
 // # Callbacks
 //
-// The functions that a caller hands in (for SetFn, Update and View, filters,
-// validators, comparers, codecs) may run while the store is locked and must
-// not call it: it would wait for itself. One that panics or calls
-// [runtime.Goexit] leaves the store unlocked, unchanged and usable.
+// The functions that a caller hands in (for SetFn, Update and View, filters, validators, comparers,
+// codecs) may run while the store is locked and must not call it: it would wait for itself. One that
+// panics or calls [runtime.Goexit] leaves the store unlocked, unchanged and usable.
 //
 // # Caveats
 //
-// There is one writer at a time. A Scan or View that takes long keeps SQLite
-// from reusing its write-ahead log, which grows meanwhile, and may hold up a
-// writer for a second or so. A watch keeps in memory what it is yet to replay.
-// Whoever stops reading its channel should end its context. Of floats, 0 and
-// -0 are equal in memory and have different encodings.
+// There is one writer at a time. A Scan or View that takes long keeps SQLite from reusing its
+// write-ahead log, which grows meanwhile, and may hold up a writer for a second or so. A watch keeps
+// in memory what it is yet to replay. Whoever stops reading its channel should end its context. Of
+// floats, 0 and -0 are equal in memory and have different encodings.
 package zestor
 
 import (
@@ -65,15 +61,14 @@ import (
 	"maps"
 	"reflect"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// The errors that callers tell apart with [errors.Is]. Methods return them
-// wrapped in the operation, kind and key.
+// The errors that callers tell apart with [errors.Is]. Methods return them wrapped in the operation,
+// kind and key.
 var (
 	// ErrClosed is returned by every call on a closed store.
 	ErrClosed = errors.New("zestor: store is closed")
@@ -83,33 +78,31 @@ var (
 	ErrKeyRequired = errors.New("zestor: key required")
 	// ErrKeyNotFound is returned by SetFn for a key that does not exist.
 	ErrKeyNotFound = errors.New("zestor: key not found")
-	// ErrConflict is returned by SetIf when the entry is not at the revision
-	// that the caller saw.
+	// ErrConflict is returned by SetIf when the entry is not at the revision that the caller saw.
 	ErrConflict = errors.New("zestor: revision conflict")
 	// ErrTxDone is returned by a tx after its View or Update has returned.
 	ErrTxDone = errors.New("zestor: transaction is done")
 	// ErrWatchOverflow ends a watch whose consumer fell too far behind.
 	ErrWatchOverflow = errors.New("zestor: watch overflow: consumer too slow")
-	// ErrCompacted is returned, or ends a watch, when the history that the
-	// watch needs is not there: start over with an initial replay.
+	// ErrCompacted is returned, or ends a watch, when the history that the watch needs is not there:
+	// start over with an initial replay.
 	ErrCompacted = errors.New("zestor: history compacted: start over")
 )
 
-// Reader reads: the newest committed state on a store, and a transaction's own
-// on its tx. An absent key is ok == false and never an error; an absent kind
-// is empty. A value that cannot be decoded, since another program or another
-// type wrote it, is an error that names its kind and key.
+// Reader reads: the newest committed state on a store, and a transaction's own on its tx. An absent
+// key is ok == false and never an error; an absent kind is empty. A value that cannot be decoded,
+// since another program or another type wrote it, is an error that names its kind and key.
 type Reader[T any] interface {
 	// Get returns the value of a key, or the zero T and false.
 	Get(kind, key string) (value T, ok bool, err error)
 
-	// GetEntry returns a value with its version, revision and time. If the
-	// value cannot be decoded, the rest comes with true and the error.
+	// GetEntry returns a value with its version, revision and time. If the value cannot be decoded,
+	// the rest comes with true and the error.
 	GetEntry(kind, key string) (entry Entry[T], ok bool, err error)
 
-	// List returns the values that pass every filter, by key; nil filters are
-	// skipped. Without an error the map is not nil, and the caller's. A value
-	// that cannot be decoded fails List, Values and GetAll as a whole.
+	// List returns the values that pass every filter, by key; nil filters are skipped. Without an
+	// error the map is not nil, and the caller's. A value that cannot be decoded fails List, Values
+	// and GetAll as a whole.
 	List(kind string, filters ...FilterFunc[T]) (map[string]T, error)
 
 	// Keys returns the keys of a kind, sorted.
@@ -121,44 +114,39 @@ type Reader[T any] interface {
 	// Count returns how many keys a kind has. SQLite has to count them.
 	Count(kind string) (int, error)
 
-	// GetAll returns all values by kind and key, without kinds that have no
-	// keys. It is for files that hold only values of type T.
+	// GetAll returns all values by kind and key, without kinds that have no keys. It is for files
+	// that hold only values of type T.
 	GetAll() (map[string]map[string]T, error)
 
-	// Scan iterates over the entries of a kind that r selects, sorted by key,
-	// in one snapshot, taken when the range starts and anew when it is ranged
-	// over again. The body may call the store (not Close) and scan inside: it
-	// goes on seeing the state at its start.
+	// Scan iterates over the entries of a kind that r selects, sorted by key, in one snapshot, taken
+	// when the range starts and anew when it is ranged over again. The body may call the store (not
+	// Close) and scan inside: it goes on seeing the state at its start.
 	//
-	// An entry whose value cannot be decoded comes with the error, and the
-	// iteration goes on. Any other error comes with a zero Entry and ends it.
+	// An entry whose value cannot be decoded comes with the error, and the iteration goes on. Any
+	// other error comes with a zero Entry and ends it.
 	//
-	// A SQLite file in WAL mode streams in constant memory, in View too.
-	// In Update, in ":memory:", without WAL and in the memory store what r
-	// selects is collected first.
+	// A SQLite file in WAL mode streams in constant memory, in View too. In Update, in ":memory:",
+	// without WAL and in the memory store what r selects is collected first.
 	Scan(kind string, r Range) iter.Seq2[Entry[T], error]
 
-	// Revision returns the number of the newest committed change, 0 for a new
-	// store; in Update that of the transaction's own newest.
+	// Revision returns the number of the newest committed change, 0 for a new store; in Update that
+	// of the transaction's own newest.
 	Revision() (int64, error)
 }
 
-// Writer writes. Every write checks, in this order: that the store is open,
-// the kind, the key, that the value is no nil pointer, the kind's validator,
-// the encoding, for SetIf the revision, and whether the value changes. With an
-// error nothing is written.
+// Writer writes. Every write checks, in this order: that the store is open, the kind, the key, that
+// the value is no nil pointer, the kind's validator, the encoding, for SetIf the revision, and
+// whether the value changes. With an error nothing is written.
 type Writer[T any] interface {
-	// Set stores a value and says whether that created, updated or changed
-	// nothing. A zero value under a new key is a create like any other.
+	// Set stores a value and says whether that created, updated or changed nothing. A zero value
+	// under a new key is a create like any other.
 	Set(kind, key string, value T) (SetResult, error)
 
-	// SetFn replaces the value of a key with what fn returns for it, and says
-	// whether that was a change. An absent key is [ErrKeyNotFound]; an error
-	// of fn comes back wrapped.
+	// SetFn replaces the value of a key with what fn returns for it, and says whether that was a
+	// change. An absent key is [ErrKeyNotFound]; an error of fn comes back wrapped.
 	//
-	// fn must return a new value and leave what it is given alone: in memory,
-	// a pointer or map changed in place is its own previous value, so nothing
-	// would be written or sent.
+	// fn must return a new value and leave what it is given alone: in memory, a pointer or map
+	// changed in place is its own previous value, so nothing would be written or sent.
 	//
 	// A counter that starts from nothing is an Update:
 	//
@@ -172,18 +160,17 @@ type Writer[T any] interface {
 	//	})
 	SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error)
 
-	// SetMany stores all values or, with an error, none. Other keys stay,
-	// equal values are skipped, and changes happen in key order.
+	// SetMany stores all values or, with an error, none. Other keys stay, equal values are skipped,
+	// and changes happen in key order.
 	SetMany(kind string, values map[string]T) error
 
-	// SetIf stores a value if the entry is at the revision that the caller
-	// saw ([Entry].Revision; 0: the key must not exist), and returns its new
-	// revision, or with an equal value the same. Otherwise it returns 0 and
-	// [ErrConflict]: also for a key that was deleted and created again.
+	// SetIf stores a value if the entry is at the revision that the caller saw ([Entry].Revision;
+	// 0: the key must not exist), and returns its new revision, or with an equal value the same.
+	// Otherwise it returns 0 and [ErrConflict]: also for a key that was deleted and created again.
 	SetIf(kind, key string, value T, revision int64) (newRevision int64, err error)
 
-	// Delete removes a key and returns what it held: zero for an absent key,
-	// which is not an error, and for a value that cannot be decoded.
+	// Delete removes a key and returns what it held: zero for an absent key, which is not an error,
+	// and for a value that cannot be decoded.
 	Delete(kind, key string) (existed bool, prev T, err error)
 }
 
@@ -195,61 +182,53 @@ type ReadWriter[T any] interface {
 
 // Watcher is the part of a [Store] that outlives its call.
 type Watcher[T any] interface {
-	// Watch sends the changes of a kind to the channel it returns, in
-	// revision order, each exactly once, after its commit: those committed
-	// after the call, and with a replay option first the past, then one
-	// [EventSynced]. Replay and live changes meet exactly.
+	// Watch sends the changes of a kind to the channel it returns, in revision order, each exactly
+	// once, after its commit: those committed after the call, and with a replay option first the
+	// past, then one [EventSynced]. Replay and live changes meet exactly.
 	//
-	// A watch holds a limited number of undelivered changes, see
-	// [WithBufferSize]. When one more is committed it takes no more: it
-	// delivers what it holds, then an [EventError] with [ErrWatchOverflow].
-	// Watching again with [WithSince] of that event's Revision goes on
-	// exactly there. If that is answered by [ErrCompacted], or the Revision
-	// is -1 since an initial replay broke off, start over with an empty state
-	// and [WithInitialReplay].
+	// A watch holds a limited number of undelivered changes, see [WithBufferSize]. When one more is
+	// committed it takes no more: it delivers what it holds, then an [EventError] with
+	// [ErrWatchOverflow]. Watching again with [WithSince] of that event's Revision goes on exactly
+	// there. If that is answered by [ErrCompacted], or the Revision is -1 since an initial replay
+	// broke off, start over with an empty state and [WithInitialReplay].
 	//
-	// The channel closes once: when ctx ends, after an EventError, or when
-	// the store closes; what is then undelivered is dropped.
+	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what is
+	// then undelivered is dropped.
 	//
-	// A value that cannot be decoded arrives as an event with everything
-	// else, a zero Value, and Err set; the watch goes on.
+	// A value that cannot be decoded arrives as an event with everything else, a zero Value, and Err
+	// set; the watch goes on.
 	//
-	// Watch returns ctx.Err() for a ctx that has ended, [ErrCompacted] for a
-	// revision that the history does not reach from, and an error for options
-	// that make no sense. It keeps ctx.
+	// Watch returns ctx.Err() for a ctx that has ended, [ErrCompacted] for a revision that the
+	// history does not reach from, and an error for options that make no sense. It keeps ctx.
 	Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error)
 }
 
-// Store is a key-value store of values of type T, the same whether in memory
-// or in SQLite. Its methods may be called from any number of goroutines.
+// Store is a key-value store of values of type T, the same whether in memory or in SQLite. Its
+// methods may be called from any number of goroutines.
 //
-// Values are shared, not copied: a value given to the store, or received from
-// it, must not be modified.
+// Values are shared, not copied: a value given to the store, or received from it, must not be
+// modified.
 type Store[T any] interface {
 	ReadWriter[T]
 	Watcher[T]
 
-	// View calls fn with one snapshot, whatever is written meanwhile, and
-	// returns fn's error as it is. fn must not call the store, only tx, on
-	// its own goroutine; afterwards tx returns [ErrTxDone].
+	// View calls fn with one snapshot, whatever is written meanwhile, and returns fn's error as it
+	// is. fn must not call the store, only tx, on its own goroutine; afterwards tx returns
+	// [ErrTxDone].
 	View(fn func(tx Reader[T]) error) error
 
-	// Update calls fn in a transaction over any keys and kinds, and commits
-	// if it returns nil. If it returns an error, panics or calls
-	// runtime.Goexit, nothing of it remains, no event is sent, and the error
-	// comes back as it is. A call that fails inside changes nothing, and fn
-	// may go on and commit the rest; but after an error of SQLite itself
-	// Update fails whatever fn returns.
+	// Update calls fn in a transaction over any keys and kinds, and commits if it returns nil. If it
+	// returns an error, panics or calls runtime.Goexit, nothing of it remains, no event is sent, and
+	// the error comes back as it is. A call that fails inside changes nothing, and fn may go on and
+	// commit the rest; but after an error of SQLite itself Update fails whatever fn returns.
 	//
-	// tx reads its own writes. fn must not call the store, only tx, on its
-	// own goroutine; afterwards tx returns [ErrTxDone]. No other change's
-	// event comes between those of one transaction.
+	// tx reads its own writes. fn must not call the store, only tx, on its own goroutine; afterwards
+	// tx returns [ErrTxDone]. No other change's event comes between those of one transaction.
 	Update(fn func(tx ReadWriter[T]) error) error
 
-	// Close waits for calls under way, ends every watch, and leaves no
-	// goroutine and no open file behind. Called again it returns nil, after
-	// the first has finished. A callback or the body of a Scan must not call
-	// it.
+	// Close waits for calls under way, ends every watch, and leaves no goroutine and no open file
+	// behind. Called again it returns nil, after the first has finished. A callback or the body of a
+	// Scan must not call it.
 	Close() error
 }
 
@@ -262,10 +241,6 @@ type Entry[T any] struct {
 	UpdatedAt time.Time // UTC, milliseconds; zero if the file holds no valid time
 }
 
-func (e *Entry[V]) event(what EventType) *Event[V] {
-	return &Event[V]{what, e.Kind, e.Key, e.Value, e.Version, e.Revision, nil}
-}
-
 // Range selects keys for Scan. The zero Range selects all.
 type Range struct {
 	Prefix     string // only keys that start with it
@@ -274,12 +249,44 @@ type Range struct {
 	Descending bool   // from the last key to the first
 }
 
-// bounds returns the keys that r selects as lo <= key < hi; without bounded
-// there is no hi.
+// SetResult says what a Set did.
+type SetResult uint8
+
+const (
+	SetUnchanged SetResult = iota // the value was equal: nothing was written
+	SetCreated                    // the key is new
+	SetUpdated                    // the key has a new value
+)
+
+// String returns "unchanged", "created" or "updated".
+func (r SetResult) String() string {
+	if names := [...]string{"unchanged", "created", "updated"}; int(r) < len(names) {
+		return names[r]
+	}
+	return fmt.Sprintf("SetResult(%d)", uint8(r))
+}
+
+// FilterFunc says whether List should keep an entry. It must not call the store.
+type FilterFunc[T any] func(key string, value T) bool
+
+// ValidateFunc says why a value must not be stored, or nil. It must not call the store.
+type ValidateFunc[T any] func(value T) error
+
+// CompareFunc says whether two values are equal, so that nothing is written. It must not call the
+// store.
+type CompareFunc[T any] func(prev, next T) bool
+
+// StoreOptions are the options that both stores have. The zero value works. The store copies the
+// map.
+type StoreOptions[T any] struct {
+	CompareFn   CompareFunc[T]             // nil: reflect.DeepEqual in memory, equal encodings in SQLite
+	ValidateFns map[string]ValidateFunc[T] // kind -> check, run before anything is written; nil ones are skipped
+}
+
+// bounds returns the keys that r selects as lo <= key < hi; without bounded there is no hi.
 func (r Range) bounds() (lo, hi string, bounded bool) {
 	lo = r.Prefix
-	// The first key past a prefix is the prefix with its last byte counted
-	// up; bytes that can't be are dropped.
+	// The first key past a prefix is the prefix with its last byte counted up; 0xff can't be.
 	last := len(r.Prefix) - 1
 	for last >= 0 && r.Prefix[last] == 0xff {
 		last--
@@ -297,61 +304,24 @@ func (r Range) bounds() (lo, hi string, bounded bool) {
 	return lo, hi, bounded
 }
 
-// SetResult says what a Set did.
-type SetResult uint8
+// Below the contract: its rules, written once over the two engines. An engine's entries and events
+// are of type V: T itself in memory, its encoding in SQLite.
 
-const (
-	SetUnchanged SetResult = iota // the value was equal: nothing was written
-	SetCreated                    // the key is new
-	SetUpdated                    // the key has a new value
-)
-
-// String returns "unchanged", "created" or "updated".
-func (r SetResult) String() string {
-	if names := [...]string{"unchanged", "created", "updated"}; int(r) < len(names) {
-		return names[r]
-	}
-	return "SetResult(" + strconv.Itoa(int(r)) + ")"
-}
-
-// FilterFunc says whether List should keep an entry.
-// It must not call the store.
-type FilterFunc[T any] func(key string, value T) bool
-
-// ValidateFunc says why a value must not be stored, or nil.
-// It must not call the store.
-type ValidateFunc[T any] func(value T) error
-
-// CompareFunc says whether two values are equal, so that nothing is written.
-// It must not call the store.
-type CompareFunc[T any] func(prev, next T) bool
-
-// StoreOptions are the options that both stores have. The zero value works.
-// The store copies the map.
-type StoreOptions[T any] struct {
-	CompareFn   CompareFunc[T]             // nil: reflect.DeepEqual in memory, equal encodings in SQLite
-	ValidateFns map[string]ValidateFunc[T] // kind -> check, run before anything is written; nil ones are skipped
-}
-
-// Below the contract: its rules, written once over the two engines. An engine's
-// entries and events are of type V: T itself in memory, its encoding in SQLite.
-
-// snapshot is one consistent state of an engine.
+// snapshot is one consistent state of an engine. What goes through it with each ends when that
+// returns false.
 type snapshot[V any] interface {
-	// get returns nil if the key is absent. Of an entry that is not asked for
-	// whole it may leave out all but the value.
+	// get returns nil if the key is absent. Of an entry that is not asked for whole it may leave out
+	// all but the value.
 	get(kind, key string, whole bool) (*Entry[V], error)
 	scan(kind string, r Range, each func(*Entry[V]) bool) error // kind "": all kinds
 	keys(kind string) ([]string, error)
 	count(kind string) (int, error)
 	revision() (int64, error)
-	// history calls each with all changes after since, and returns ErrCompacted
-	// where one is missing.
+	// history goes through all changes after since; ErrCompacted says that the next is missing.
 	history(since int64, each func(*Event[V]) bool) error
 }
 
-// transaction is a snapshot that can be changed. A write takes the next
-// revision.
+// transaction is a snapshot that can be changed. A write takes the next revision.
 type transaction[V any] interface {
 	snapshot[V]
 	put(kind, key string, value V, version int64) error
@@ -364,11 +334,10 @@ type engine[V any] interface {
 	read(lasts bool, fn func(snapshot[V]) error) error
 	// streams says that a read that lasts is in nobody's way.
 	streams() bool
-	// write commits if fn returns nil. A shared fn runs no callbacks: another
-	// caller's goroutine may run it, in one transaction with others.
+	// write commits if fn returns nil. A shared fn runs no callbacks: another caller's goroutine may
+	// run it, in one transaction with others.
 	write(shared bool, fn func(transaction[V]) error) error
-	// wait returns true when there may be more history, and false once stop
-	// is closed.
+	// wait returns true when there may be more history, and false once stop is closed.
 	wait(stop <-chan struct{}) bool
 	close() error
 }
@@ -388,8 +357,8 @@ type core[T, V any] struct {
 	repeats atomic.Bool // the last Set changed nothing, so the next may not either
 }
 
-// reader has the methods that the reads of a store and of a transaction share.
-// It is what View hands out: no writer can be made of it.
+// reader has the methods that the reads of a store and of a transaction share. It is what View hands
+// out: no writer can be made of it.
 type reader[T, V any] struct {
 	c  *core[T, V]
 	tx *tx[V] // nil: a store
@@ -455,8 +424,8 @@ func (c *core[T, V]) Close() (err error) {
 	return err
 }
 
-// call is the frame of every method: it enters the store or transaction,
-// checks the names, and wraps the error.
+// call is the frame of every method: it enters the store or transaction, checks the names, and wraps
+// the error in where fn has come to.
 func (r reader[T, V]) call(at *place, fn func() error) error {
 	switch {
 	case r.tx != nil && r.tx.done.Load():
@@ -466,27 +435,30 @@ func (r reader[T, V]) call(at *place, fn func() error) error {
 	case r.tx == nil:
 		defer r.c.open.RUnlock()
 	}
-	if err := at.check(); err != nil {
-		return at.fail(err)
+	err := at.check()
+	if err == nil {
+		err = fn()
 	}
-	return at.fail(fn())
+	return at.fail(err)
 }
 
 // read runs fn in the transaction that r is in, or in a snapshot of its own.
-func (r reader[T, V]) read(lasts bool, fn func(snapshot[V]) error) error {
+func read[T, V, R any](r reader[T, V], lasts bool, fn func(snapshot[V]) (R, error)) (result R, err error) {
 	if r.tx != nil {
 		return fn(r.tx)
 	}
-	return r.c.engine.read(lasts, fn)
+	err = r.c.engine.read(lasts, func(s snapshot[V]) (err error) {
+		result, err = fn(s)
+		return err
+	})
+	return result, err
 }
 
 // query is a method that reads once.
 func query[T, V, R any](r reader[T, V], at place, fn func(snapshot[V]) (R, error)) (result R, err error) {
-	err = r.call(&at, func() error {
-		return r.read(false, func(s snapshot[V]) (err error) {
-			result, err = fn(s)
-			return err
-		})
+	err = r.call(&at, func() (err error) {
+		result, err = read(r, false, fn)
+		return err
 	})
 	return result, err
 }
@@ -554,26 +526,24 @@ func (r reader[T, V]) GetAll() (map[string]map[string]T, error) {
 func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		stopped := false
+		outlived := func() bool { return r.tx != nil && r.tx.done.Load() } // with iter.Pull
 		each := func(e *Entry[V]) bool {
 			stopped = !yield(r.c.entryOf("scan", e))
-			return !stopped && (r.tx == nil || !r.tx.done.Load())
+			return !stopped && !outlived()
 		}
 		err := r.call(&place{"scan", kind}, func() (err error) {
 			switch {
 			case rg.Limit < 0:
-				return fmt.Errorf("negative limit %d", rg.Limit)
+				err = fmt.Errorf("negative limit %d", rg.Limit)
 			case r.c.engine.streams() && (r.tx == nil || r.tx.change == nil):
-				err = r.read(true, func(s snapshot[V]) error { return s.scan(kind, rg, each) })
+				_, err = read(r, true, func(s snapshot[V]) (any, error) { return nil, s.scan(kind, rg, each) })
 			default:
 				var rows []Entry[V]
-				err = r.read(false, func(s snapshot[V]) (err error) {
-					rows, err = collect(s, kind, rg)
-					return err
-				})
+				rows, err = read(r, false, func(s snapshot[V]) ([]Entry[V], error) { return collect(s, kind, rg) })
 				for i := 0; i < len(rows) && each(&rows[i]); i++ {
 				}
 			}
-			if err == nil && r.tx != nil && r.tx.done.Load() { // an iter.Pull outlived it
+			if err == nil && outlived() {
 				err = ErrTxDone
 			}
 			return err
@@ -588,17 +558,9 @@ func (r reader[T, V]) Revision() (int64, error) {
 	return query(r, place{"revision"}, snapshot[V].revision)
 }
 
-// write runs fn in the Update that w is in, or in a transaction of its own.
-func (w writer[T, V]) write(shared bool, fn func(transaction[V]) error) error {
-	if w.tx != nil {
-		return fn(w.tx.change)
-	}
-	return w.c.engine.write(shared, fn)
-}
-
 func (w writer[T, V]) Set(kind, key string, value T) (SetResult, error) {
-	result, _, err := w.set(place{"set", kind, key}, value, nil)
-	return result, err
+	version, _, err := w.set(place{"set", kind, key}, value, nil)
+	return SetResult(min(version, int64(SetUpdated))), err
 }
 
 func (w writer[T, V]) SetIf(kind, key string, value T, revision int64) (int64, error) {
@@ -606,8 +568,9 @@ func (w writer[T, V]) SetIf(kind, key string, value T, revision int64) (int64, e
 	return newRevision, err
 }
 
-// set stores a value; for SetIf, want is the revision to be replaced.
-func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, revision int64, err error) {
+// set stores a value, and returns its version, or 0 if nothing changed. For SetIf, want is the
+// revision to be replaced, and the new one is returned.
+func (w writer[T, V]) set(at place, value T, want *int64) (version, revision int64, err error) {
 	kind, key := at[1], at[2]
 	err = w.call(&at, func() error {
 		v, err := w.c.check(kind, value)
@@ -621,15 +584,15 @@ func (w writer[T, V]) set(at place, value T, want *int64) (result SetResult, rev
 			}
 		}
 		return w.write(w.c.options.CompareFn == nil, func(t transaction[V]) (err error) {
-			result, revision, err = w.c.put(t, kind, key, value, v, want)
+			version, revision, err = w.c.put(t, kind, key, value, v, want)
 			return err
 		})
 	})
 	if err != nil {
-		return SetUnchanged, 0, err // also where the commit failed
+		return 0, 0, err // also where the commit failed
 	}
-	w.c.repeats.Store(result == SetUnchanged)
-	return result, revision, nil
+	w.c.repeats.Store(version == 0)
+	return version, revision, nil
 }
 
 func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error) {
@@ -646,18 +609,18 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 				return err
 			}
 			value, err := w.c.decode(old.Value)
-			if err != nil {
-				return err
+			if err == nil {
+				value, err = fn(value)
 			}
-			if value, err = fn(value); err != nil {
+			if err != nil {
 				return err
 			}
 			v, err := w.c.check(kind, value)
 			if err != nil {
 				return err
 			}
-			result, _, err := w.c.put(t, kind, key, value, v, nil)
-			changed = result != SetUnchanged
+			version, _, err := w.c.put(t, kind, key, value, v, nil)
+			changed = version > 0
 			return err
 		})
 	})
@@ -668,48 +631,54 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 	at := place{"setmany", kind}
 	keys := slices.Sorted(maps.Keys(values))
 	encoded, versions := make([]V, len(keys)), make([]int64, len(keys))
-	return w.call(&at, func() (err error) {
+	// each names the key where an error happens.
+	each := func(do func(i int, key string) error) error {
 		for i, key := range keys {
 			at = place{"setmany", kind, key}
-			if err = at.check(); err == nil {
-				encoded[i], err = w.c.check(kind, values[key])
-			}
-			if err != nil {
+			if err := do(i, key); err != nil {
 				return err
 			}
 		}
-		if at = at[:2]; len(keys) == 0 {
-			return nil
+		at = at[:2]
+		return nil
+	}
+	return w.call(&at, func() error {
+		err := each(func(i int, key string) (err error) {
+			if err = at.check(); err == nil {
+				encoded[i], err = w.c.check(kind, values[key])
+			}
+			return err
+		})
+		if err != nil || len(keys) == 0 {
+			return err
 		}
-		return w.write(false, func(t transaction[V]) (err error) {
-			for i, key := range keys {
-				at = place{"setmany", kind, key}
-				if versions[i], _, err = w.c.compare(t, kind, key, values[key], encoded[i], nil); err != nil {
-					return err
-				}
+		return w.write(false, func(t transaction[V]) error {
+			err := each(func(i int, key string) (err error) {
+				versions[i], _, err = w.c.compare(t, kind, key, values[key], encoded[i], nil)
+				return err
+			})
+			if err != nil {
+				return err
 			}
-			for i, key := range keys {
-				at = place{"setmany", kind, key}
-				if versions[i] > 0 {
-					if err = t.put(kind, key, encoded[i], versions[i]); err != nil {
-						return err
-					}
+			return each(func(i int, key string) error {
+				if versions[i] == 0 {
+					return nil
 				}
-			}
-			at = at[:2]
-			return nil
+				return t.put(kind, key, encoded[i], versions[i])
+			})
 		})
 	})
 }
 
 func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
+	var value T
 	err = w.call(&place{"delete", kind, key}, func() error {
 		for { // until nobody has written in between: the codec must not run in a shared transaction
 			old, err := w.look(kind, key, true)
 			if err != nil || old == nil {
 				return err
 			}
-			prev, _ = w.c.decode(old.Value)
+			value, _ = w.c.decode(old.Value)
 			err = w.write(true, func(t transaction[V]) error {
 				now, err := t.get(kind, key, true)
 				if existed = now != nil && now.Revision == old.Revision; existed {
@@ -722,20 +691,23 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 			}
 		}
 	})
-	if err != nil || !existed {
-		var zero T
-		return false, zero, err
+	if existed = existed && err == nil; existed {
+		prev = value
 	}
-	return true, prev, nil
+	return existed, prev, err
+}
+
+// write runs fn in the Update that w is in, or in a transaction of its own.
+func (w writer[T, V]) write(shared bool, fn func(transaction[V]) error) error {
+	if w.tx != nil {
+		return fn(w.tx.change)
+	}
+	return w.c.engine.write(shared, fn)
 }
 
 // look reads an entry.
-func (r reader[T, V]) look(kind, key string, whole bool) (e *Entry[V], err error) {
-	err = r.read(false, func(s snapshot[V]) (err error) {
-		e, err = s.get(kind, key, whole)
-		return err
-	})
-	return e, err
+func (r reader[T, V]) look(kind, key string, whole bool) (*Entry[V], error) {
+	return read(r, false, func(s snapshot[V]) (*Entry[V], error) { return s.get(kind, key, whole) })
 }
 
 // check is what a value has to pass before anything is written.
@@ -746,15 +718,16 @@ func (c *core[T, V]) check(kind string, value T) (v V, err error) {
 		}
 	}
 	if validate := c.options.ValidateFns[kind]; validate != nil {
-		if err := validate(value); err != nil {
-			return v, err
-		}
+		err = validate(value)
 	}
-	return c.encode(value)
+	if err == nil {
+		v, err = c.encode(value)
+	}
+	return v, err
 }
 
-// compare returns the version that a checked value would have, or 0 if it
-// would change nothing, and the revision that it would replace.
+// compare returns the version that a checked value would have, or 0 if it would change nothing, and
+// the revision that it would replace.
 func (c *core[T, V]) compare(t transaction[V], kind, key string, value T, v V, want *int64) (version, revision int64, err error) {
 	old, err := t.get(kind, key, true)
 	if err != nil {
@@ -772,12 +745,12 @@ func (c *core[T, V]) compare(t transaction[V], kind, key string, value T, v V, w
 	return version + 1, revision, nil
 }
 
-// put stores a checked value, if want allows it and it is a change. For SetIf
-// it returns the new revision.
-func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (SetResult, int64, error) {
-	version, revision, err := c.compare(t, kind, key, value, v, want)
-	if err != nil || version == 0 {
-		return SetUnchanged, revision, err
+// put stores a checked value if want allows it and it is a change. It returns its version, or 0, and
+// for SetIf its revision.
+func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (version, revision int64, err error) {
+	version, revision, err = c.compare(t, kind, key, value, v, want)
+	if version == 0 {
+		return 0, revision, err
 	}
 	if err = t.put(kind, key, v, version); err == nil && want != nil {
 		var now *Entry[V]
@@ -785,10 +758,7 @@ func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want 
 			revision = now.Revision
 		}
 	}
-	if version == 1 {
-		return SetCreated, revision, err
-	}
-	return SetUpdated, revision, err
+	return version, revision, err
 }
 
 // same compares what is stored with what is to be stored.
@@ -812,14 +782,12 @@ func (c *core[T, V]) entryOf(op string, r *Entry[V]) (Entry[T], error) {
 // entries decodes a kind, or all, after giving back what reading it took.
 func (r reader[T, V]) entries(at place, kind string) ([]Entry[T], error) {
 	rows, err := query(r, at, func(s snapshot[V]) ([]Entry[V], error) { return collect(s, kind, Range{}) })
+	entries := make([]Entry[T], len(rows))
+	for i := 0; i < len(rows) && err == nil; i++ {
+		entries[i], err = r.c.entryOf(at[0], &rows[i])
+	}
 	if err != nil {
 		return nil, err
-	}
-	entries := make([]Entry[T], len(rows))
-	for i := range rows {
-		if entries[i], err = r.c.entryOf(at[0], &rows[i]); err != nil {
-			return nil, err
-		}
 	}
 	return entries, nil
 }
@@ -834,8 +802,7 @@ func collect[V any](s snapshot[V], kind string, r Range) (rows []Entry[V], err e
 
 var errNilFunc = errors.New("function is nil")
 
-// A place says where an error happened: the operation, and the kind and key as
-// far as it names them.
+// A place says where an error happened: the operation, and the kind and key as far as it names them.
 type place []string
 
 func (p place) check() error {
@@ -870,7 +837,7 @@ func asIs(err error) error {
 }
 
 type placedError struct {
-	place place
+	place
 	error
 }
 
@@ -886,12 +853,8 @@ func (e *placedError) Error() string {
 
 // printable makes a name fit for one line of an error message.
 func printable(name string) string {
-	quoted := strconv.Quote(name[:min(len(name), 100)])
-	switch {
-	case len(name) > 100:
-		return fmt.Sprintf("%s... (%d bytes)", quoted, len(name))
-	case quoted[1:len(quoted)-1] == name:
-		return name
+	if quoted := fmt.Sprintf("%.100q", name); quoted != `"`+name+`"` {
+		return quoted
 	}
-	return quoted
+	return name
 }
