@@ -6,23 +6,22 @@ import (
 	"reflect"
 )
 
-// Codec turns values into the bytes that a SQLite file holds, and back. Its
-// methods may run on several goroutines at once, and must not call the store.
+// Codec turns values into the bytes that a SQLite file holds, and back. Its methods may run on
+// several goroutines at once, and must not call the store.
 //
-// Marshal is handed the T itself. Unmarshal is handed a pointer to a fresh
-// value: a *E where T is a pointer *E, so that protobuf messages work, and a
-// *T otherwise. It may keep data.
+// Marshal is handed the T itself. Unmarshal is handed a pointer to a fresh value: a *E where T is a
+// pointer *E, so that protobuf messages work, and a *T otherwise. It may keep data.
 //
-// Marshal should encode equal values alike: without a CompareFn the store
-// takes values for equal whose encodings are equal, and a codec that encodes
-// one value in several ways makes every Set of it an update.
+// Marshal should encode equal values alike: without a CompareFn the store takes values for equal
+// whose encodings are equal, and a codec that encodes one value in several ways makes every Set of
+// it an update.
 type Codec interface {
 	Marshal(v any) ([]byte, error)
 	Unmarshal(data []byte, v any) error
 }
 
-// JSON is the default Codec: encoding/json. It encodes equal values alike,
-// since it sorts the keys of maps.
+// JSON is the default Codec: encoding/json. It encodes equal values alike, since it sorts the keys
+// of maps.
 type JSON struct{}
 
 // Marshal returns the JSON encoding of v.
@@ -31,8 +30,7 @@ func (JSON) Marshal(v any) ([]byte, error) { return json.Marshal(v) }
 // Unmarshal parses JSON into what v points to.
 func (JSON) Unmarshal(data []byte, v any) error { return json.Unmarshal(data, v) }
 
-// NewCodec makes a Codec of two functions. Where one is nil, using it is an
-// error.
+// NewCodec makes a Codec of two functions. Where one is nil, using it is an error.
 func NewCodec(marshal func(v any) ([]byte, error), unmarshal func(data []byte, v any) error) Codec {
 	return funcCodec{marshal, unmarshal}
 }
@@ -56,8 +54,8 @@ func (c funcCodec) Unmarshal(data []byte, v any) error {
 	return c.unmarshal(data, v)
 }
 
-// encoder returns what encodes a T. It never returns nil for a value, since a
-// file tells an empty encoding from none.
+// encoder returns what encodes a T. It never returns nil for a value, since a file tells an empty
+// encoding from none.
 func encoder[T any](codec Codec) func(T) ([]byte, error) {
 	return func(value T) ([]byte, error) {
 		data, err := codec.Marshal(value)

@@ -8,11 +8,11 @@ import (
 	"time"
 )
 
-// NewMemStore returns a store in memory, which keeps nothing after Close. It
-// is for caches, tests and scratch data.
+// NewMemStore returns a store in memory, which keeps nothing after Close. It is for caches, tests
+// and scratch data.
 //
-// Without a CompareFn values are equal if reflect.DeepEqual says so. View and
-// Update hold the store's lock while their function runs.
+// Without a CompareFn values are equal if reflect.DeepEqual says so. View and Update hold the
+// store's lock while their function runs.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
 	encode := func(value T) (T, error) { return value, nil }
@@ -22,8 +22,8 @@ func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	return &memStore[T]{c, e}
 }
 
-// memStore has quick paths of its own for what programs do most. Each does
-// what the core does, or leaves it to the core.
+// memStore has quick paths of its own for what programs do most. Each does what the core does, or
+// leaves it to the core.
 type memStore[T any] struct {
 	*core[T, T]
 	e *memEngine[T]
@@ -111,8 +111,8 @@ func (r *memRow[T]) entry(kind, key string) Entry[T] {
 type memKind[T any] struct {
 	rows map[string]*memRow[T] // protected by the engine's mu, with what is pointed at
 
-	// The index is made when somebody first needs an order, and brought up
-	// to date when somebody next does, under the engine's read lock.
+	// The index is made when somebody first needs an order, and brought up to date when somebody
+	// next does, under the engine's read lock.
 	index   sync.Mutex
 	sorted  []string // protected by index; nil: not made
 	changed []string // protected by index; keys that came or went since
@@ -259,8 +259,7 @@ func (t *memTx[T]) change(what EventType, e Entry[T], r *memRow[T]) {
 	}
 }
 
-// replace stores r under a key, or removes the key, and returns what was
-// there.
+// replace stores r under a key, or removes the key, and returns what was there.
 func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) {
 	k := e.kinds[kind]
 	if k == nil {
@@ -285,8 +284,7 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 	return old
 }
 
-// order returns the keys in order. It must not be used after the engine is
-// unlocked.
+// order returns the keys in order. It must not be used after the engine is unlocked.
 func (k *memKind[T]) order() []string {
 	k.index.Lock()
 	defer k.index.Unlock()
@@ -319,8 +317,8 @@ func equality[T any]() func(a, b T) bool {
 	return func(a, b T) bool { return reflect.DeepEqual(a, b) }
 }
 
-// isPlain says that values of t hold no pointers, interfaces or anything else
-// that DeepEqual looks behind.
+// isPlain says that values of t hold no pointers, interfaces or anything else that DeepEqual looks
+// behind.
 func isPlain(t reflect.Type) bool {
 	switch t.Kind() {
 	case reflect.Array:

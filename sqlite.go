@@ -21,14 +21,13 @@ import (
 	sqlite3 "github.com/mattn/go-sqlite3"
 )
 
-// The schema. Triggers fill the log in the transaction of the change, so that
-// whoever writes, it is complete. They also number the changes: a write that
-// comes with the next revision is the store's own and is only logged; to any
-// other they give its version, revision and time.
+// The schema. Triggers fill the log in the transaction of the change, so that whoever writes, it is
+// complete. They also number the changes: a write that comes with the next revision is the store's
+// own and is only logged; to any other they give its version, revision and time.
 //
-// The newest row of the log can't be deleted, since it is where the store's
-// revision is kept. position counts the bytes logged before a row, so that the
-// log can be cut to a size without adding it up.
+// The newest row of the log can't be deleted, since it is where the store's revision is kept.
+// position counts the bytes logged before a row, so that the log can be cut to a size without
+// adding it up.
 const (
 	schemaVersion = 1
 	schemaObjects = 7 // in createLog
@@ -77,8 +76,7 @@ const (
 	END;
 	PRAGMA user_version = 1`
 
-	// The last row marks where the history begins. It is no change, so it
-	// can't be replayed.
+	// The last row marks where the history begins. It is no change, so it can't be replayed.
 	upgradeTable = `
 	ALTER TABLE zestor_kv ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
 	UPDATE zestor_kv SET revision = number FROM
@@ -93,11 +91,10 @@ const (
 	readers      = 4                     // connections for short reads; more starve the writer on a small machine
 	pollInterval = 12 * time.Millisecond // at which a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction
-	maxWAL       = 6 << 20               // see restartWAL
+	maxWAL       = 12 << 20              // see restartWAL
 
-	// SQLite backs off to 100 ms between tries for a lock, and so finds a busy
-	// file never free. It gets this little time, and is asked again until
-	// BusyTimeout is over.
+	// SQLite backs off to 100 ms between tries for a lock, and so finds a busy file never free. It
+	// gets this little time, and is asked again until BusyTimeout is over.
 	lockPoll = 10 * time.Millisecond
 )
 
@@ -105,41 +102,39 @@ const (
 type SQLiteOptions[T any] struct {
 	StoreOptions[T]
 
-	// DSN is a path, taken literally; or a URI "file:path?parameters" with
-	// %-escapes; or ":memory:" for a private store that ends with Close. The
-	// parameters are mode (ro, rw, rwc), immutable, _synchronous or _sync
-	// (SQLite's levels; FULL if absent), and _busy_timeout or _timeout in
+	// DSN is a path, taken literally; or a URI "file:path?parameters" with %-escapes; or ":memory:"
+	// for a private store that ends with Close. The parameters are mode (ro, rw, rwc), immutable,
+	// _synchronous or _sync (SQLite's levels; FULL if absent), and _busy_timeout or _timeout in
 	// milliseconds; cache is ignored; any other is an error.
 	//
-	// With mode=ro the file must be a Zestor file of this version. A write
-	// that would change it fails.
+	// With mode=ro the file must be a Zestor file of this version. A write that would change it
+	// fails.
 	DSN string
 
 	// Codec encodes values; nil means JSON.
 	Codec Codec
 
-	// BusyTimeout is how long to wait for another process's lock before a
-	// call fails; 0 means what the DSN says, or 5 s; negative is an error.
+	// BusyTimeout is how long to wait for another process's lock before a call fails; 0 means what
+	// the DSN says, or 5 s; negative is an error.
 	BusyTimeout time.Duration
 
-	// DisableWAL gives a new file SQLite's rollback journal, in which readers
-	// and writers wait for each other. An existing file keeps its mode.
-	// Without it, a file that is not in WAL mode is put there if possible.
+	// DisableWAL gives a new file SQLite's rollback journal, in which readers and writers wait for
+	// each other. An existing file keeps its mode. Without it, a file that is not in WAL mode is
+	// put there if possible.
 	DisableWAL bool
 
-	// HistoryBytes is how much of the newest changes the file keeps for
-	// watchers: kinds, keys, values, and 64 bytes a change. The newest is
-	// always kept; with different limits on one file the smallest wins. 0
-	// means 16 MiB; negative is an error.
+	// HistoryBytes is how much of the newest changes the file keeps for watchers: kinds, keys,
+	// values, and 64 bytes a change. The newest is always kept; with different limits on one file
+	// the smallest wins. 0 means 16 MiB; negative is an error.
 	HistoryBytes int64
 }
 
-// NewSQLiteStore opens the store in a SQLite file, and makes one of an absent
-// or empty file. A file of the multi-package Zestor is upgraded. Any other, and
-// one that a newer Zestor wrote, is an error that names it, and left as it is.
+// NewSQLiteStore opens the store in a SQLite file, and makes one of an absent or empty file. A file
+// of the multi-package Zestor is upgraded. Any other, and one that a newer Zestor wrote, is an
+// error that names it, and left as it is.
 //
-// Several processes, and several stores of different types that keep to their
-// own kinds, may have one file open. The package must be built with cgo.
+// Several processes, and several stores of different types that keep to their own kinds, may have
+// one file open. The package must be built with cgo.
 func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 	if opts.Codec == nil {
 		opts.Codec = JSON{}
@@ -222,8 +217,8 @@ func parseDSN(text string) (d dsn, err error) {
 func (d *dsn) private() bool  { return d.path == "" }
 func (d *dsn) readOnly() bool { return d.mode == "ro" || d.immutable }
 
-// uri is what the driver is given for a connection. No two goroutines use one
-// at once, so it needs no mutex of SQLite's.
+// uri is what the driver is given for a connection. No two goroutines use one at once, so it needs
+// no mutex of SQLite's.
 func (d *dsn) uri() string {
 	params := fmt.Sprintf("?_mutex=no&_stmt_cache_size=32&_synchronous=%s&_busy_timeout=%d", d.synchronous, lockPoll.Milliseconds())
 	if d.private() {
@@ -285,8 +280,8 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 		s.dsn.mode = strings.TrimSuffix(s.dsn.mode, "c") // the file is there now
 		return nil
 	}
-	// Closed last, c would take into the file what a crash left in a WAL; a
-	// connection that only reads leaves it.
+	// Closed last, c would take into the file what a crash left in a WAL; a connection that only
+	// reads leaves it.
 	s.dsn.mode = "ro"
 	if last, err := s.connect(); err == nil && !s.dsn.private() {
 		last.exec("PRAGMA user_version")
@@ -310,7 +305,6 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 	case script != "" && s.dsn.readOnly():
 		return errors.New("not a Zestor file of this version: it would have to be made or upgraded, and is opened read-only")
 	case script != "":
-		c.exec("PRAGMA page_size = 2048") // of a new file: half as much WAL for a small change
 		err = c.transaction("BEGIN IMMEDIATE", func() error {
 			err := look() // another process may have been faster
 			if err == nil && script != "" {
@@ -327,8 +321,8 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 	return err
 }
 
-// inspect returns the SQL that makes the file one of this schema, "" for one
-// that is, and an error for one that can't be.
+// inspect returns the SQL that makes the file one of this schema, "" for one that is, and an error
+// for one that can't be.
 func (c *conn) inspect() (script string, err error) {
 	objects, others := 0, 0
 	for v := range c.rows(`SELECT sql || ';' FROM sqlite_schema WHERE sql IS NOT NULL`) {
@@ -359,15 +353,14 @@ func (c *conn) inspect() (script string, err error) {
 		version, objects, schemaObjects, columns)
 }
 
-// conn is one connection, and the state of its transaction or snapshot. One
-// goroutine uses it at a time.
+// conn is one connection, and the state of its transaction or snapshot. One goroutine uses it at a
+// time.
 type conn struct {
 	driver.Conn
 	engine      *sqliteEngine
 	busyTimeout time.Duration
 	args        []driver.NamedValue
 	cursors     int   // rows being read
-	writes      bool  // is set up to write
 	done        bool  // not to be used again
 	err         error // SQLite's first since the connection was borrowed; nothing is run after it
 
@@ -387,8 +380,8 @@ func (s *sqliteEngine) connect() (*conn, error) {
 	})
 }
 
-// moved fails if the path names another file than it did at first. What is
-// written to that would be lost to everybody else.
+// moved fails if the path names another file than it did at first. What is written to that would be
+// lost to everybody else.
 func (s *sqliteEngine) moved() error {
 	if s.file == nil {
 		return nil
@@ -403,8 +396,8 @@ func (s *sqliteEngine) moved() error {
 	return nil
 }
 
-// retry repeats what fails with SQLITE_BUSY or SQLITE_PROTOCOL, because of
-// another connection's lock.
+// retry repeats what fails with SQLITE_BUSY or SQLITE_PROTOCOL, because of another connection's
+// lock.
 func (c *conn) retry(fn func() error) (err error) {
 	for start := time.Now().Add(-lockPoll); ; {
 		if err = fn(); err == nil {
@@ -420,9 +413,8 @@ func (c *conn) retry(fn func() error) (err error) {
 	}
 }
 
-// rows runs a statement, which the driver keeps prepared, and yields its rows;
-// c.err says afterwards whether that were all. The slice is reused, its values
-// are not.
+// rows runs a statement, which the driver keeps prepared, and yields its rows; c.err says
+// afterwards whether that were all. The slice is reused, its values are not.
 func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 	return func(yield func([]driver.Value) bool) {
 		c.args = c.args[:0]
@@ -561,8 +553,8 @@ func (s *sqliteEngine) read(lasts bool, fn func(snapshot[[]byte]) error) error {
 
 func (s *sqliteEngine) streams() bool { return s.wal }
 
-// entryOf makes an entry of value, version, revision, updated_at, key and kind,
-// or of the first of these.
+// entryOf makes an entry of value, version, revision, updated_at, key and kind, or of the first of
+// these.
 func entryOf(kind, key string, v []driver.Value) *Entry[[]byte] {
 	e := &Entry[[]byte]{Kind: kind, Key: key, Value: asBytes(v[0])}
 	if len(v) == 1 {
@@ -632,8 +624,8 @@ func (c *conn) revision() (int64, error) {
 }
 
 func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
-	// A look that finds nothing must stay cheap even where ANALYZE has made
-	// SQLite take the log for so short that it reads it all.
+	// A look that finds nothing must stay cheap even where ANALYZE has made SQLite take the log for
+	// so short that it reads it all.
 	if newest, err := c.revision(); err != nil || newest <= since {
 		return cmp.Or(err, c.engine.moved())
 	}
@@ -677,8 +669,8 @@ type request struct {
 	done    chan struct{} // closed after the commit
 }
 
-// write waits for its turn. Shared writes are group commit: whose turn it is
-// does the work of all that wait, and they return with it.
+// write waits for its turn. Shared writes are group commit: whose turn it is does the work of all
+// that wait, and they return with it.
 func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) error {
 	r := &request{fn: fn, arrived: time.Now()}
 	if !shared {
@@ -701,9 +693,8 @@ func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) er
 	}
 }
 
-// group commits waiting requests in one transaction. An error of the commit is
-// everybody's. One of a request itself is only its own: if SQLite refuses a
-// statement of it, the others line up again.
+// group commits waiting requests in one transaction. An error of the commit is everybody's. One of
+// a request itself is only its own: if SQLite refuses a statement of it, the others line up again.
 func (s *sqliteEngine) group() {
 	var group []*request
 	next := func() *request {
@@ -742,8 +733,8 @@ func (s *sqliteEngine) group() {
 	}
 }
 
-// transact is the one way to write. It is for whose turn it is. The wait for
-// the turn counts as a wait for other processes, which it mostly is.
+// transact is the one way to write. It is for whose turn it is. The wait for the turn counts as a
+// wait for other processes, which it mostly is.
 func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	if err := s.moved(); err != nil {
 		return err
@@ -753,13 +744,6 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		begin = "BEGIN" // a write that changes nothing needs no more
 	}
 	return s.borrow(true, func(c *conn) error {
-		if !c.writes {
-			// In KiB and in pages: room for what a writer goes through, and a
-			// WAL that is soon written over, since growing it costs an fsync more.
-			c.exec(`PRAGMA cache_size = -8192`)
-			c.exec(`PRAGMA wal_autocheckpoint = 2000`)
-			c.writes = true
-		}
 		c.busyTimeout -= time.Since(arrived)
 		c.changes, c.logged = 0, 0
 		err := c.transaction(begin, func() error {
@@ -779,9 +763,9 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	})
 }
 
-// trim cuts the log to the newest changes that fit historyBytes. When it has
-// to, it cuts a little more, so that most writes find nothing to do; and never
-// many more rows than the transaction has written.
+// trim cuts the log to the newest changes that fit historyBytes. When it has to, it cuts a little
+// more, so that most writes find nothing to do; and never many more rows than the transaction has
+// written.
 func (s *sqliteEngine) trim(c *conn) {
 	size := c.value(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
 	if asInt(size) > s.historyBytes {
@@ -791,11 +775,10 @@ func (s *sqliteEngine) trim(c *conn) {
 	}
 }
 
-// restartWAL makes the next write begin the write-ahead log anew when it may
-// have become long. SQLite does so by itself only at a moment when nobody reads
-// from it, which overlapping readers never leave; so this keeps the store from
-// writing until the last of them has gone. One try waits at a place in the log
-// that later readers keep taken, so it takes several. If all is in vain, the
+// restartWAL makes the next write begin the write-ahead log anew when it may have become long.
+// SQLite does so by itself only at a moment when nobody reads from it, which overlapping readers
+// never leave; so this keeps the store from writing until the last of them has gone. One try waits
+// at a place in the log that later readers keep taken, so it takes several. If all is in vain, the
 // log may grow to twice the size.
 func (s *sqliteEngine) restartWAL(c *conn) {
 	s.grown += 8<<10 + 4<<10*c.changes + 2*c.logged // a change writes whole pages, of the table and of the log
@@ -814,8 +797,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	s.walLimit = 2 * s.grown
 }
 
-// wait returns after a commit of this store, and every pollInterval for those of
-// others.
+// wait returns after a commit of this store, and every pollInterval for those of others.
 func (s *sqliteEngine) wait(stop <-chan struct{}) bool {
 	select {
 	case <-s.wake:

@@ -21,9 +21,8 @@ const (
 	EventError  EventType = "error"  // the watch ends here, for the reason in Err
 )
 
-// Event is one step of a watch. An event of create, update or delete is a
-// change, or in an initial replay an entry. EventSynced and EventError have no
-// Key, Value and Version.
+// Event is one step of a watch. An event of create, update or delete is a change, or in an initial
+// replay an entry. EventSynced and EventError have no Key, Value and Version.
 type Event[T any] struct {
 	Type    EventType
 	Kind    string
@@ -31,10 +30,9 @@ type Event[T any] struct {
 	Value   T     // delete: the value that was deleted
 	Version int64 // delete: the version that was deleted
 
-	// Revision is the number of the change, or that of the entry. In an
-	// EventSynced and EventError it is the revision up to which the watch is
-	// complete: WithSince with it continues exactly there. An initial replay
-	// that ended before its EventSynced says -1: start over, with an empty
+	// Revision is the number of the change, or that of the entry. In an EventSynced and EventError
+	// it is the revision up to which the watch is complete: WithSince with it continues exactly
+	// there. An initial replay that ended before its EventSynced says -1: start over, with an empty
 	// state.
 	Revision int64
 
@@ -46,24 +44,22 @@ func (e *Entry[V]) event(what EventType) *Event[V] {
 	return &Event[V]{what, e.Kind, e.Key, e.Value, e.Version, e.Revision, nil}
 }
 
-// WatchOption is an option of Watch. A nil one is skipped; of a repeated one
-// the last holds.
+// WatchOption is an option of Watch. A nil one is skipped; of a repeated one the last holds.
 type WatchOption func(*watchOptions)
 
-// DefaultWatchBufferSize is how many undelivered changes a watch may hold
-// unless WithBufferSize says otherwise: a limit, not an allocation.
+// DefaultWatchBufferSize is how many undelivered changes a watch may hold unless WithBufferSize
+// says otherwise: a limit, not an allocation.
 const DefaultWatchBufferSize = 65536
 
-// WithInitialReplay first sends every current entry, as creates in key order
-// with the entry's own version and revision, and then an EventSynced.
+// WithInitialReplay first sends every current entry, as creates in key order with the entry's own
+// version and revision, and then an EventSynced.
 func WithInitialReplay() WatchOption { return func(o *watchOptions) { o.initial = true } }
 
-// WithSince first sends every change after a revision, in order, and then an
-// EventSynced. A SQLite file keeps the newest changes, across restarts too, see
-// SQLiteOptions.HistoryBytes; the memory store keeps none, so there only the
-// newest revision will do. One that the history does not reach from, too old
-// or beyond the newest, is ErrCompacted; a negative one is another error, and
-// so is WithInitialReplay beside it.
+// WithSince first sends every change after a revision, in order, and then an EventSynced. A SQLite
+// file keeps the newest changes, across restarts too, see SQLiteOptions.HistoryBytes; the memory
+// store keeps none, so there only the newest revision will do. One that the history does not reach
+// from, too old or beyond the newest, is ErrCompacted; a negative one is another error, and so is
+// WithInitialReplay beside it.
 func WithSince(revision int64) WatchOption {
 	return func(o *watchOptions) { o.resume, o.since = true, revision }
 }
@@ -71,15 +67,15 @@ func WithSince(revision int64) WatchOption {
 // WithPrefix leaves only keys that start with it.
 func WithPrefix(prefix string) WatchOption { return func(o *watchOptions) { o.prefix = prefix } }
 
-// WithEventTypes leaves only these of create, update and delete; any other is
-// an error. The entries of an initial replay are creates.
+// WithEventTypes leaves only these of create, update and delete; any other is an error. The entries
+// of an initial replay are creates.
 func WithEventTypes(types ...EventType) WatchOption {
 	types = append([]EventType{}, types...) // not nil, even for none
 	return func(o *watchOptions) { o.types = types }
 }
 
-// WithBufferSize sets how many undelivered changes the watch may hold, at
-// least 1. Those that it filters out and those of its replay do not count.
+// WithBufferSize sets how many undelivered changes the watch may hold, at least 1. Those that it
+// filters out and those of its replay do not count.
 func WithBufferSize(n int) WatchOption { return func(o *watchOptions) { o.limit = n } }
 
 type watchOptions struct {
@@ -141,8 +137,8 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 	return w.ch, nil
 }
 
-// begin adds w to the hub and queues its replay, which is held in memory so
-// that no consumer can hold up a snapshot, and with it SQLite's write-ahead log.
+// begin adds w to the hub and queues its replay, which is held in memory so that no consumer can
+// hold up a snapshot, and with it SQLite's write-ahead log.
 func (c *core[T, V]) begin(w *watch[T, V]) error {
 	synced := &Event[V]{Type: EventSynced, Kind: w.kind}
 	if w.initial || w.resume {
@@ -156,8 +152,7 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		return true
 	}
 	err := c.engine.read(true, func(s snapshot[V]) (err error) {
-		// From here on the hub hands over every change that is not in s, whose
-		// first read this is.
+		// From here on the hub hands over every change that is not in s, whose first read this is.
 		if err = c.hub.add(w, s.revision, c.tail); err != nil {
 			return err
 		}
@@ -178,8 +173,8 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 	return err
 }
 
-// deliver sends what is queued until the watch ends. A codec that panics or
-// calls Goexit ends only the goroutine: another goes on.
+// deliver sends what is queued until the watch ends. A codec that panics or calls Goexit ends only
+// the goroutine: another goes on.
 func (c *core[T, V]) deliver(w *watch[T, V]) {
 	ended := false
 	defer func() {
@@ -248,8 +243,7 @@ func (c *core[T, V]) eventOf(w *watch[T, V], e *Event[V]) Event[T] {
 	return ev
 }
 
-// tail publishes the changes after a revision until stop is closed, or it
-// can't have them.
+// tail publishes the changes after a revision until stop is closed, or it can't have them.
 func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
 	defer c.hub.running.Done()
 	for {
@@ -268,9 +262,9 @@ func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
 	}
 }
 
-// hub is the broadcast from a store's writers, or from its tail, to its
-// watches. An engine's lock may be held when mu is taken, never the other way
-// round; mu may be held when a watch's mu is taken.
+// hub is the broadcast from a store's writers, or from its tail, to its watches. An engine's lock
+// may be held when mu is taken, never the other way round; mu may be held when a watch's mu is
+// taken.
 type hub[T, V any] struct {
 	running sync.WaitGroup // watches and tails
 	watched atomic.Bool    // whether there are watches
@@ -281,8 +275,8 @@ type hub[T, V any] struct {
 	stop    chan struct{}  // protected by mu; ends the running tail; nil: none runs
 }
 
-// add makes w receive every change after the revision that now returns. The
-// first watch starts a tail there.
+// add makes w receive every change after the revision that now returns. The first watch starts a
+// tail there.
 func (h *hub[T, V]) add(w *watch[T, V], now func() (int64, error), tail func(since int64, stop <-chan struct{})) (err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -311,9 +305,9 @@ func (h *hub[T, V]) remove(w *watch[T, V]) {
 	}
 }
 
-// publish hands changes to whom they concern. If err says why the next can't
-// be had, it ends the watches that wait for it. It returns the revision after
-// which the tail that calls it is to go on, or -1 if it is to end.
+// publish hands changes to whom they concern. If err says why the next can't be had, it ends the
+// watches that wait for it. It returns the revision after which the tail that calls it is to go on,
+// or -1 if it is to end.
 func (h *hub[T, V]) publish(tail <-chan struct{}, since int64, err error, changes ...*Event[V]) int64 {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -351,8 +345,8 @@ func (h *hub[T, V]) end() {
 	}
 }
 
-// watch is a bounded queue of undelivered changes, and the goroutine that
-// alone sends on and closes ch. It ends with ctx, or after an EventError.
+// watch is a bounded queue of undelivered changes, and the goroutine that alone sends on and closes
+// ch. It ends with ctx, or after an EventError.
 type watch[T, V any] struct {
 	watchOptions
 	kind    string
@@ -415,8 +409,7 @@ func (w *watch[T, V]) stop(err error, complete int64) {
 	try(w.wake, struct{}{})
 }
 
-// shiftLocked takes from the queue what was sent, and says whether that was
-// the last.
+// shiftLocked takes from the queue what was sent, and says whether that was the last.
 func (w *watch[T, V]) shiftLocked() (last bool) {
 	if w.free > 0 {
 		w.free--

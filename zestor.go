@@ -35,22 +35,22 @@
 //
 // # Durability
 //
-// In a SQLite file, a write that has returned survives the death of the process and, as far as fsync
-// reaches, of the machine. A transaction is there whole or not at all. The memory store keeps
+// In a SQLite file, a write that has returned survives the death of the process and, as far as
+// fsync reaches, of the machine. A transaction is there whole or not at all. The memory store keeps
 // nothing after Close.
 //
 // # Callbacks
 //
 // The functions that a caller hands in (for SetFn, Update and View, filters, validators, comparers,
-// codecs) may run while the store is locked and must not call it: it would wait for itself. One that
-// panics or calls [runtime.Goexit] leaves the store unlocked, unchanged and usable.
+// codecs) may run while the store is locked and must not call it: it would wait for itself. One
+// that panics or calls [runtime.Goexit] leaves the store unlocked, unchanged and usable.
 //
 // # Caveats
 //
 // There is one writer at a time. A Scan or View that takes long keeps SQLite from reusing its
-// write-ahead log, which grows meanwhile, and may hold up a writer for a second or so. A watch keeps
-// in memory what it is yet to replay. Whoever stops reading its channel should end its context. Of
-// floats, 0 and -0 are equal in memory and have different encodings.
+// write-ahead log, which grows meanwhile, and may hold up a writer for a second or so. A watch
+// keeps in memory what it is yet to replay. Whoever stops reading its channel should end its
+// context. Of floats, 0 and -0 are equal in memory and have different encodings.
 package zestor
 
 import (
@@ -67,8 +67,8 @@ import (
 	"time"
 )
 
-// The errors that callers tell apart with [errors.Is]. Methods return them wrapped in the operation,
-// kind and key.
+// The errors that callers tell apart with [errors.Is]. Methods return them wrapped in the
+// operation, kind and key.
 var (
 	// ErrClosed is returned by every call on a closed store.
 	ErrClosed = errors.New("zestor: store is closed")
@@ -84,8 +84,8 @@ var (
 	ErrTxDone = errors.New("zestor: transaction is done")
 	// ErrWatchOverflow ends a watch whose consumer fell too far behind.
 	ErrWatchOverflow = errors.New("zestor: watch overflow: consumer too slow")
-	// ErrCompacted is returned, or ends a watch, when the history that the watch needs is not there:
-	// start over with an initial replay.
+	// ErrCompacted is returned, or ends a watch, when the history that the watch needs is not
+	// there: start over with an initial replay.
 	ErrCompacted = errors.New("zestor: history compacted: start over")
 )
 
@@ -118,9 +118,9 @@ type Reader[T any] interface {
 	// that hold only values of type T.
 	GetAll() (map[string]map[string]T, error)
 
-	// Scan iterates over the entries of a kind that r selects, sorted by key, in one snapshot, taken
-	// when the range starts and anew when it is ranged over again. The body may call the store (not
-	// Close) and scan inside: it goes on seeing the state at its start.
+	// Scan iterates over the entries of a kind that r selects, sorted by key, in one snapshot,
+	// taken when the range starts and anew when it is ranged over again. The body may call the
+	// store (not Close) and scan inside: it goes on seeing the state at its start.
 	//
 	// An entry whose value cannot be decoded comes with the error, and the iteration goes on. Any
 	// other error comes with a zero Entry and ends it.
@@ -192,11 +192,11 @@ type Watcher[T any] interface {
 	// there. If that is answered by [ErrCompacted], or the Revision is -1 since an initial replay
 	// broke off, start over with an empty state and [WithInitialReplay].
 	//
-	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what is
-	// then undelivered is dropped.
+	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what
+	// is then undelivered is dropped.
 	//
-	// A value that cannot be decoded arrives as an event with everything else, a zero Value, and Err
-	// set; the watch goes on.
+	// A value that cannot be decoded arrives as an event with everything else, a zero Value, and
+	// Err set; the watch goes on.
 	//
 	// Watch returns ctx.Err() for a ctx that has ended, [ErrCompacted] for a revision that the
 	// history does not reach from, and an error for options that make no sense. It keeps ctx.
@@ -217,18 +217,19 @@ type Store[T any] interface {
 	// [ErrTxDone].
 	View(fn func(tx Reader[T]) error) error
 
-	// Update calls fn in a transaction over any keys and kinds, and commits if it returns nil. If it
-	// returns an error, panics or calls runtime.Goexit, nothing of it remains, no event is sent, and
-	// the error comes back as it is. A call that fails inside changes nothing, and fn may go on and
-	// commit the rest; but after an error of SQLite itself Update fails whatever fn returns.
+	// Update calls fn in a transaction over any keys and kinds, and commits if it returns nil. If
+	// it returns an error, panics or calls runtime.Goexit, nothing of it remains, no event is sent,
+	// and the error comes back as it is. A call that fails inside changes nothing, and fn may go on
+	// and commit the rest; but after an error of SQLite itself Update fails whatever fn returns.
 	//
-	// tx reads its own writes. fn must not call the store, only tx, on its own goroutine; afterwards
-	// tx returns [ErrTxDone]. No other change's event comes between those of one transaction.
+	// tx reads its own writes. fn must not call the store, only tx, on its own goroutine;
+	// afterwards tx returns [ErrTxDone]. No other change's event comes between those of one
+	// transaction.
 	Update(fn func(tx ReadWriter[T]) error) error
 
 	// Close waits for calls under way, ends every watch, and leaves no goroutine and no open file
-	// behind. Called again it returns nil, after the first has finished. A callback or the body of a
-	// Scan must not call it.
+	// behind. Called again it returns nil, after the first has finished. A callback or the body of
+	// a Scan must not call it.
 	Close() error
 }
 
@@ -310,8 +311,8 @@ func (r Range) bounds() (lo, hi string, bounded bool) {
 // snapshot is one consistent state of an engine. What goes through it with each ends when that
 // returns false.
 type snapshot[V any] interface {
-	// get returns nil if the key is absent. Of an entry that is not asked for whole it may leave out
-	// all but the value.
+	// get returns nil if the key is absent. Of an entry that is not asked for whole it may leave
+	// out all but the value.
 	get(kind, key string, whole bool) (*Entry[V], error)
 	scan(kind string, r Range, each func(*Entry[V]) bool) error // kind "": all kinds
 	keys(kind string) ([]string, error)
@@ -334,8 +335,8 @@ type engine[V any] interface {
 	read(lasts bool, fn func(snapshot[V]) error) error
 	// streams says that a read that lasts is in nobody's way.
 	streams() bool
-	// write commits if fn returns nil. A shared fn runs no callbacks: another caller's goroutine may
-	// run it, in one transaction with others.
+	// write commits if fn returns nil. A shared fn runs no callbacks: another caller's goroutine
+	// may run it, in one transaction with others.
 	write(shared bool, fn func(transaction[V]) error) error
 	// wait returns true when there may be more history, and false once stop is closed.
 	wait(stop <-chan struct{}) bool
@@ -357,8 +358,8 @@ type core[T, V any] struct {
 	repeats atomic.Bool // the last Set changed nothing, so the next may not either
 }
 
-// reader has the methods that the reads of a store and of a transaction share. It is what View hands
-// out: no writer can be made of it.
+// reader has the methods that the reads of a store and of a transaction share. It is what View
+// hands out: no writer can be made of it.
 type reader[T, V any] struct {
 	c  *core[T, V]
 	tx *tx[V] // nil: a store
@@ -424,8 +425,8 @@ func (c *core[T, V]) Close() (err error) {
 	return err
 }
 
-// call is the frame of every method: it enters the store or transaction, checks the names, and wraps
-// the error in where fn has come to.
+// call is the frame of every method: it enters the store or transaction, checks the names, and
+// wraps the error in where fn has come to.
 func (r reader[T, V]) call(at *place, fn func() error) error {
 	switch {
 	case r.tx != nil && r.tx.done.Load():
@@ -745,8 +746,8 @@ func (c *core[T, V]) compare(t transaction[V], kind, key string, value T, v V, w
 	return version + 1, revision, nil
 }
 
-// put stores a checked value if want allows it and it is a change. It returns its version, or 0, and
-// for SetIf its revision.
+// put stores a checked value if want allows it and it is a change. It returns its version, or 0,
+// and for SetIf its revision.
 func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (version, revision int64, err error) {
 	version, revision, err = c.compare(t, kind, key, value, v, want)
 	if version == 0 {
@@ -802,7 +803,8 @@ func collect[V any](s snapshot[V], kind string, r Range) (rows []Entry[V], err e
 
 var errNilFunc = errors.New("function is nil")
 
-// A place says where an error happened: the operation, and the kind and key as far as it names them.
+// A place says where an error happened: the operation, and the kind and key as far as it names
+// them.
 type place []string
 
 func (p place) check() error {
