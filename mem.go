@@ -29,14 +29,12 @@ type memStore[T any] struct {
 	e *memEngine[T]
 }
 
-func (s *memStore[T]) Get(kind, key string) (T, bool, error) {
+func (s *memStore[T]) Get(kind, key string) (value T, ok bool, err error) {
 	s.e.mu.RLock()
-	if k := s.e.kinds[kind]; k != nil {
-		if r := k.rows[key]; r != nil {
-			value := r.value
-			s.e.mu.RUnlock()
-			return value, true, nil
-		}
+	if r := s.e.row(kind, key); r != nil {
+		value = r.value
+		s.e.mu.RUnlock()
+		return value, true, nil
 	}
 	s.e.mu.RUnlock()
 	return s.core.Get(kind, key) // absent, or an error
@@ -58,25 +56,15 @@ func (s *memStore[T]) List(kind string, filters ...FilterFunc[T]) (map[string]T,
 }
 
 func (s *memStore[T]) Set(kind, key string, value T) (SetResult, error) {
-	if s.options.CompareFn == nil && s.options.ValidateFns[kind] == nil && !s.nilable {
-		if result, ok := s.update(kind, key, value); ok {
-			return result, nil
-		}
-	}
-	return s.core.Set(kind, key, value) // a create, callbacks, or an error
-}
-
-// update sets a key that exists.
-func (s *memStore[T]) update(kind, key string, value T) (SetResult, bool) {
 	s.e.mu.Lock()
-	defer s.e.mu.Unlock()
-	k := s.e.kinds[kind]
-	if k == nil {
-		return SetUnchanged, false
+	r := s.e.row(kind, key)
+	if r == nil || s.nilable || s.options.CompareFn != nil || s.options.ValidateFns[kind] != nil {
+		s.e.mu.Unlock()
+		return s.core.Set(kind, key, value) // a create, callbacks, or an error
 	}
-	r := k.rows[key]
-	if r == nil || s.equal(r.value, value) {
-		return SetUnchanged, r != nil
+	defer s.e.mu.Unlock()
+	if s.equal(r.value, value) {
+		return SetUnchanged, nil
 	}
 	s.e.newest++
 	*r = memRow[T]{value, r.version + 1, s.e.newest, time.Now().UnixMilli()}
@@ -84,7 +72,7 @@ func (s *memStore[T]) update(kind, key string, value T) (SetResult, bool) {
 		e := r.entry(kind, key)
 		s.e.hub.publish(nil, 0, nil, e.event(EventUpdate))
 	}
-	return SetUpdated, true
+	return SetUpdated, nil
 }
 
 // memEngine is a map of kinds behind a mutex.
@@ -94,6 +82,14 @@ type memEngine[T any] struct {
 	mu     sync.RWMutex
 	kinds  map[string]*memKind[T] // protected by mu
 	newest int64                  // protected by mu; the revision
+}
+
+// row returns nil if the key is absent.
+func (e *memEngine[T]) row(kind, key string) *memRow[T] {
+	if k := e.kinds[kind]; k != nil {
+		return k.rows[key]
+	}
+	return nil
 }
 
 type memRow[T any] struct {
@@ -166,13 +162,12 @@ func (t *memTx[T]) rollback() {
 }
 
 func (t *memTx[T]) get(kind, key string, _ bool) (*Entry[T], error) {
-	if k := t.kinds[kind]; k != nil {
-		if r := k.rows[key]; r != nil {
-			e := r.entry(kind, key)
-			return &e, nil
-		}
+	r := t.row(kind, key)
+	if r == nil {
+		return nil, nil
 	}
-	return nil, nil
+	e := r.entry(kind, key)
+	return &e, nil
 }
 
 func (t *memTx[T]) scan(kind string, r Range, each func(*Entry[T]) bool) error {

@@ -98,40 +98,32 @@ const (
 	lockPoll = 10 * time.Millisecond
 )
 
-// SQLiteOptions are the options of a SQLite store. Only DSN is required.
+// SQLiteOptions are the options of a SQLite store. Only DSN is required; a negative number is an
+// error.
 type SQLiteOptions[T any] struct {
 	StoreOptions[T]
-
-	// DSN is a path, taken literally; or a URI "file:path?parameters" with %-escapes; or ":memory:"
-	// for a private store that ends with Close. The parameters are mode (ro, rw, rwc), immutable,
-	// _synchronous or _sync (SQLite's levels; FULL if absent), and _busy_timeout or _timeout in
-	// milliseconds; cache is ignored; any other is an error.
-	//
-	// With mode=ro the file must be a Zestor file of this version. A write that would change it
-	// fails.
-	DSN string
-
-	// Codec encodes values; nil means JSON.
-	Codec Codec
-
-	// BusyTimeout is how long to wait for another process's lock before a call fails; 0 means what
-	// the DSN says, or 5 s; negative is an error.
-	BusyTimeout time.Duration
-
-	// DisableWAL gives a new file SQLite's rollback journal, in which readers and writers wait for
-	// each other. An existing file keeps its mode. Without it, a file that is not in WAL mode is
-	// put there if possible.
-	DisableWAL bool
-
-	// HistoryBytes is how much of the newest changes the file keeps for watchers: kinds, keys,
-	// values, and 64 bytes a change. The newest is always kept; with different limits on one file
-	// the smallest wins. 0 means 16 MiB; negative is an error.
-	HistoryBytes int64
+	DSN          string        // where the data is, see NewSQLiteStore
+	Codec        Codec         // nil: JSON
+	BusyTimeout  time.Duration // how long a call waits for another process's lock; 0: what the DSN says, or 5 s
+	DisableWAL   bool          // a new file gets SQLite's rollback journal; an existing one keeps its mode
+	HistoryBytes int64         // how much of the newest changes the file keeps for watchers; 0: 16 MiB
 }
 
 // NewSQLiteStore opens the store in a SQLite file, and makes one of an absent or empty file. A file
 // of the multi-package Zestor is upgraded. Any other, and one that a newer Zestor wrote, is an
 // error that names it, and left as it is.
+//
+// The DSN is a path, taken literally; or a URI "file:path?parameters" with %-escapes; or ":memory:"
+// for a private store that ends with Close. The parameters are mode (ro, rw, rwc), immutable,
+// _synchronous or _sync (SQLite's levels; FULL if absent), and _busy_timeout or _timeout in
+// milliseconds; cache is ignored; any other is an error. With mode=ro the file must be a Zestor
+// file of this version, and a write that would change it fails.
+//
+// Without DisableWAL a file that is not in WAL mode is put there if possible. In the other modes
+// readers and writers wait for each other.
+//
+// HistoryBytes counts kinds, keys, values, and 64 bytes a change. The newest change is always kept;
+// with different limits on one file the smallest wins.
 //
 // Several processes, and several stores of different types that keep to their own kinds, may have
 // one file open. The package must be built with cgo.
@@ -276,18 +268,17 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if err == nil {
 		err = s.prepare(c, disableWAL)
 	}
-	if err == nil {
-		s.dsn.mode = strings.TrimSuffix(s.dsn.mode, "c") // the file is there now
-		return nil
+	s.dsn.mode = strings.TrimSuffix(s.dsn.mode, "c") // the file is there now
+	if err != nil {
+		// Closed last, c would take into the file what a crash left in a WAL; a connection that
+		// only reads leaves it.
+		s.dsn.mode = "ro"
+		if last, err := s.connect(); err == nil && !s.dsn.private() {
+			last.exec("PRAGMA user_version")
+			defer last.Close()
+		}
+		c.Close()
 	}
-	// Closed last, c would take into the file what a crash left in a WAL; a connection that only
-	// reads leaves it.
-	s.dsn.mode = "ro"
-	if last, err := s.connect(); err == nil && !s.dsn.private() {
-		last.exec("PRAGMA user_version")
-		defer last.Close()
-	}
-	c.Close()
 	return err
 }
 
@@ -398,14 +389,15 @@ func (s *sqliteEngine) moved() error {
 
 // retry repeats what fails with SQLITE_BUSY or SQLITE_PROTOCOL, because of another connection's
 // lock.
-func (c *conn) retry(fn func() error) (err error) {
-	for start := time.Now().Add(-lockPoll); ; {
-		if err = fn(); err == nil {
-			return nil
-		}
+func (c *conn) retry(fn func() error) error {
+	for start := (time.Time{}); ; {
+		err := fn()
 		// The driver's type for errors does not exist without cgo.
-		if text := err.Error(); !strings.HasPrefix(text, "database is locked") && !strings.HasPrefix(text, "locking protocol") {
+		if err == nil || !strings.HasPrefix(err.Error(), "database is locked") && !strings.HasPrefix(err.Error(), "locking protocol") {
 			return err
+		}
+		if start.IsZero() {
+			start = time.Now().Add(-lockPoll)
 		}
 		if time.Since(start) >= c.busyTimeout {
 			return fmt.Errorf("another process kept the file locked for longer than BusyTimeout: %w", err)
@@ -428,13 +420,10 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 			return
 		}
 		var rows driver.Rows
-		run := func() (err error) {
+		c.err = c.retry(func() (err error) {
 			rows, err = c.Conn.(driver.QueryerContext).QueryContext(context.Background(), sql, c.args)
 			return err
-		}
-		if c.err = run(); c.err != nil {
-			c.err = c.retry(run)
-		}
+		})
 		clear(c.args)
 		if c.err != nil {
 			return
@@ -631,7 +620,7 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	}
 	for v := range c.rows(`SELECT value, version, revision, type, kind, key FROM zestor_log WHERE revision > ? ORDER BY revision`, since) {
 		ev := entryOf(asText(v[4]), asText(v[5]), v).event(EventType(asText(v[3])))
-		if since++; ev.Revision != since || ev.Type != EventCreate && ev.Type != EventUpdate && ev.Type != EventDelete {
+		if since++; ev.Revision != since || ev.Kind == "" { // the mark of an upgrade has no kind
 			return ErrCompacted
 		}
 		if !each(ev) {

@@ -22,22 +22,17 @@ const (
 )
 
 // Event is one step of a watch. An event of create, update or delete is a change, or in an initial
-// replay an entry. EventSynced and EventError have no Key, Value and Version.
+// replay an entry. EventSynced and EventError have no Key, Value and Version; their Revision is the
+// one up to which the watch is complete, so that WithSince with it continues exactly there. An
+// initial replay that ended before its EventSynced says -1: start over, with an empty state.
 type Event[T any] struct {
-	Type    EventType
-	Kind    string
-	Key     string
-	Value   T     // delete: the value that was deleted
-	Version int64 // delete: the version that was deleted
-
-	// Revision is the number of the change, or that of the entry. In an EventSynced and EventError
-	// it is the revision up to which the watch is complete: WithSince with it continues exactly
-	// there. An initial replay that ended before its EventSynced says -1: start over, with an empty
-	// state.
-	Revision int64
-
-	// Err is why the watch ends, or why Value could not be decoded.
-	Err error
+	Type     EventType
+	Kind     string
+	Key      string
+	Value    T     // delete: the value that was deleted
+	Version  int64 // delete: the version that was deleted
+	Revision int64 // of the change, or of the entry
+	Err      error // why the watch ends, or why Value could not be decoded
 }
 
 func (e *Entry[V]) event(what EventType) *Event[V] {

@@ -261,10 +261,7 @@ const (
 
 // String returns "unchanged", "created" or "updated".
 func (r SetResult) String() string {
-	if names := [...]string{"unchanged", "created", "updated"}; int(r) < len(names) {
-		return names[r]
-	}
-	return fmt.Sprintf("SetResult(%d)", uint8(r))
+	return [...]string{"unchanged", "created", "updated"}[min(r, SetUpdated)]
 }
 
 // FilterFunc says whether List should keep an entry. It must not call the store.
@@ -825,8 +822,20 @@ func (p place) fail(err error) error {
 	case finalError:
 		return e.error
 	}
-	return &placedError{p, err}
+	text := "zestor: " + p[0]
+	for i, name := range p[1:] {
+		text += " /"[i:i+1] + printable(name)
+	}
+	return &placedError{text + ": " + strings.TrimPrefix(err.Error(), "zestor: "), err}
 }
+
+type placedError struct {
+	text  string
+	cause error
+}
+
+func (e *placedError) Error() string { return e.text }
+func (e *placedError) Unwrap() error { return e.cause }
 
 // A finalError comes back to the caller as it is.
 type finalError struct{ error }
@@ -836,21 +845,6 @@ func asIs(err error) error {
 		return nil
 	}
 	return finalError{err}
-}
-
-type placedError struct {
-	place
-	error
-}
-
-func (e *placedError) Unwrap() error { return e.error }
-
-func (e *placedError) Error() string {
-	s := "zestor: " + e.place[0]
-	for i, name := range e.place[1:] {
-		s += " /"[i:i+1] + printable(name)
-	}
-	return s + ": " + strings.TrimPrefix(e.error.Error(), "zestor: ")
 }
 
 // printable makes a name fit for one line of an error message.
