@@ -161,25 +161,25 @@ func (t *memTx[T]) rollback() {
 	t.newest -= int64(len(t.undo))
 }
 
-func (t *memTx[T]) get(kind, key string, _ bool) (*Entry[T], error) {
+func (t *memTx[T]) get(kind, key string, _ bool) *Entry[T] {
 	r := t.row(kind, key)
 	if r == nil {
-		return nil, nil
+		return nil
 	}
 	e := r.entry(kind, key)
-	return &e, nil
+	return &e
 }
 
-func (t *memTx[T]) scan(kind string, r Range, each func(*Entry[T]) bool) error {
+func (t *memTx[T]) scan(kind string, r Range, each func(*Entry[T]) bool) {
 	if kind == "" {
 		for kind := range t.kinds {
 			t.scan(kind, r, each)
 		}
-		return nil
+		return
 	}
 	k := t.kinds[kind]
 	if k == nil {
-		return nil
+		return
 	}
 	keys := k.order()
 	lo, hi, bounded := r.bounds()
@@ -199,25 +199,26 @@ func (t *memTx[T]) scan(kind string, r Range, each func(*Entry[T]) bool) error {
 			break
 		}
 	}
-	return nil
 }
 
-func (t *memTx[T]) keys(kind string) ([]string, error) {
+func (t *memTx[T]) keys(kind string) []string {
 	keys := []string{}
 	if k := t.kinds[kind]; k != nil {
 		keys = append(keys, k.order()...)
 	}
-	return keys, nil
+	return keys
 }
 
-func (t *memTx[T]) count(kind string) (int, error) {
+func (t *memTx[T]) count(kind string) int {
 	if k := t.kinds[kind]; k != nil {
-		return len(k.rows), nil
+		return len(k.rows)
 	}
-	return 0, nil
+	return 0
 }
 
-func (t *memTx[T]) revision() (int64, error) { return t.newest, nil }
+func (t *memTx[T]) revision() int64 { return t.newest }
+
+func (t *memTx[T]) failure() error { return nil }
 
 // history has nothing to tell: the memory store keeps none.
 func (t *memTx[T]) history(since int64, _ func(*Event[T]) bool) error {
@@ -227,21 +228,19 @@ func (t *memTx[T]) history(since int64, _ func(*Event[T]) bool) error {
 	return nil
 }
 
-func (t *memTx[T]) put(kind, key string, value T, version int64) error {
+func (t *memTx[T]) put(kind, key string, value T, version int64) {
 	what := EventUpdate
 	if version == 1 {
 		what = EventCreate
 	}
 	r := &memRow[T]{value, version, t.newest + 1, time.Now().UnixMilli()}
 	t.change(what, r.entry(kind, key), r)
-	return nil
 }
 
-func (t *memTx[T]) remove(old *Entry[T]) error {
+func (t *memTx[T]) remove(old *Entry[T]) {
 	gone := *old
 	gone.Revision = t.newest + 1
 	t.change(EventDelete, gone, nil)
-	return nil
 }
 
 // change is a write that can be undone and watched.

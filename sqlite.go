@@ -556,19 +556,19 @@ func entryOf(kind, key string, v []driver.Value) *Entry[[]byte] {
 	return e
 }
 
-func (c *conn) get(kind, key string, whole bool) (*Entry[[]byte], error) {
+func (c *conn) get(kind, key string, whole bool) *Entry[[]byte] {
 	sql := `SELECT CAST(value AS BLOB) FROM zestor_kv WHERE kind = ? AND key = ?`
 	if whole {
 		sql = `SELECT CAST(value AS BLOB), version, revision, updated_at FROM zestor_kv WHERE kind = ? AND key = ?`
 	}
 	v := c.exec(sql, kind, key)
 	if v == nil {
-		return nil, c.err
+		return nil
 	}
-	return entryOf(kind, key, v), nil
+	return entryOf(kind, key, v)
 }
 
-func (c *conn) scan(kind string, r Range, each func(*Entry[[]byte]) bool) error {
+func (c *conn) scan(kind string, r Range, each func(*Entry[[]byte]) bool) {
 	lo, hi, bounded := r.bounds()
 	args := []driver.Value{kind, lo, hi, int64(cmp.Or(r.Limit, -1))}
 	if !bounded {
@@ -591,32 +591,29 @@ func (c *conn) scan(kind string, r Range, each func(*Entry[[]byte]) bool) error 
 			break
 		}
 	}
-	return c.err
 }
 
-func (c *conn) keys(kind string) ([]string, error) {
+func (c *conn) keys(kind string) []string {
 	keys := []string{}
 	for v := range c.rows(`SELECT key FROM zestor_kv WHERE kind = ? ORDER BY key`, kind) {
 		keys = append(keys, asText(v[0]))
 	}
-	return keys, c.err
+	return keys
 }
 
-func (c *conn) count(kind string) (int, error) {
-	n := asInt(c.value(`SELECT count(*) FROM zestor_kv WHERE kind = ?`, kind))
-	return int(n), c.err
+func (c *conn) count(kind string) int {
+	return int(asInt(c.value(`SELECT count(*) FROM zestor_kv WHERE kind = ?`, kind)))
 }
 
-func (c *conn) revision() (int64, error) {
-	n := asInt(c.value(`SELECT max(revision) FROM zestor_log`))
-	return n, c.err
-}
+func (c *conn) revision() int64 { return asInt(c.value(`SELECT max(revision) FROM zestor_log`)) }
+
+func (c *conn) failure() error { return c.err }
 
 func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	// A look that finds nothing must stay cheap even where ANALYZE has made SQLite take the log for
 	// so short that it reads it all.
-	if newest, err := c.revision(); err != nil || newest <= since {
-		return cmp.Or(err, c.engine.moved())
+	if c.revision() <= since {
+		return cmp.Or(c.err, c.engine.moved())
 	}
 	for v := range c.rows(`SELECT value, version, revision, type, kind, key FROM zestor_log WHERE revision > ? ORDER BY revision`, since) {
 		ev := entryOf(asText(v[4]), asText(v[5]), v).event(EventType(asText(v[3])))
@@ -630,24 +627,23 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	return c.err
 }
 
-func (c *conn) put(kind, key string, value []byte, version int64) error {
+func (c *conn) put(kind, key string, value []byte, version int64) {
 	sql := `UPDATE zestor_kv SET value = ?3, version = ?4, updated_at = ?5, revision = 1 + ` + newest + ` WHERE kind = ?1 AND key = ?2`
 	if version == 1 {
 		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ifnull(1 + ` + newest + `, 1))`
 	}
-	return c.write(kind, key, value, sql, kind, key, value, version, c.now)
+	c.write(kind, key, value, sql, kind, key, value, version, c.now)
 }
 
-func (c *conn) remove(old *Entry[[]byte]) error {
-	return c.write(old.Kind, old.Key, old.Value, `DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
+func (c *conn) remove(old *Entry[[]byte]) {
+	c.write(old.Kind, old.Key, old.Value, `DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
 }
 
 // write runs a statement, and counts what a trigger logs of it.
-func (c *conn) write(kind, key string, value []byte, sql string, args ...driver.Value) error {
+func (c *conn) write(kind, key string, value []byte, sql string, args ...driver.Value) {
 	c.exec(sql, args...)
 	c.changes++
 	c.logged += int64(len(kind) + len(key) + len(value) + 64)
-	return c.err
 }
 
 // A request is a write that may share a transaction with others.

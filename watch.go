@@ -146,11 +146,9 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		}
 		return true
 	}
-	err := c.engine.read(true, func(s snapshot[V]) (err error) {
+	err := c.engine.read(true, func(s snapshot[V]) error {
 		// From here on the hub hands over every change that is not in s, whose first read this is.
-		if err = c.hub.add(w, s.revision, c.tail); err != nil {
-			return err
-		}
+		c.hub.add(w, s.revision, c.tail)
 		synced.Revision = w.from
 		switch {
 		case w.resume && w.since > w.from:
@@ -158,9 +156,9 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		case w.resume:
 			return s.history(w.since, replay)
 		case w.initial && w.wants(&Event[V]{Type: EventCreate, Kind: w.kind, Key: w.prefix}):
-			return s.scan(w.kind, Range{Prefix: w.prefix}, func(e *Entry[V]) bool { return replay(e.event(EventCreate)) })
+			s.scan(w.kind, Range{Prefix: w.prefix}, func(e *Entry[V]) bool { return replay(e.event(EventCreate)) })
 		}
-		return nil
+		return s.failure()
 	})
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -272,12 +270,10 @@ type hub[T, V any] struct {
 
 // add makes w receive every change after the revision that now returns. The first watch starts a
 // tail there.
-func (h *hub[T, V]) add(w *watch[T, V], now func() (int64, error), tail func(since int64, stop <-chan struct{})) (err error) {
+func (h *hub[T, V]) add(w *watch[T, V], now func() int64, tail func(since int64, stop <-chan struct{})) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if w.from, err = now(); err != nil {
-		return err
-	}
+	w.from = now()
 	h.watches = append(h.watches, w)
 	h.watched.Store(true)
 	if h.tails && h.stop == nil {
@@ -285,7 +281,6 @@ func (h *hub[T, V]) add(w *watch[T, V], now func() (int64, error), tail func(sin
 		h.running.Add(1)
 		go tail(w.from, h.stop)
 	}
-	return nil
 }
 
 // remove forgets w. With the last watch the tail ends.

@@ -54,6 +54,7 @@
 package zestor
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -310,20 +311,23 @@ func (r Range) bounds() (lo, hi string, bounded bool) {
 type snapshot[V any] interface {
 	// get returns nil if the key is absent. Of an entry that is not asked for whole it may leave
 	// out all but the value.
-	get(kind, key string, whole bool) (*Entry[V], error)
-	scan(kind string, r Range, each func(*Entry[V]) bool) error // kind "": all kinds
-	keys(kind string) ([]string, error)
-	count(kind string) (int, error)
-	revision() (int64, error)
+	get(kind, key string, whole bool) *Entry[V]
+	scan(kind string, r Range, each func(*Entry[V]) bool) // kind "": all kinds
+	keys(kind string) []string
+	count(kind string) int
+	revision() int64
 	// history goes through all changes after since; ErrCompacted says that the next is missing.
 	history(since int64, each func(*Event[V]) bool) error
+	// failure is the first error of any method. What they have returned since means nothing, and
+	// they have done nothing.
+	failure() error
 }
 
 // transaction is a snapshot that can be changed. A write takes the next revision.
 type transaction[V any] interface {
 	snapshot[V]
-	put(kind, key string, value V, version int64) error
-	remove(old *Entry[V]) error
+	put(kind, key string, value V, version int64)
+	remove(old *Entry[V])
 }
 
 // engine is what differs between the stores.
@@ -388,9 +392,7 @@ func (c *core[T, V]) View(fn func(tx Reader[T]) error) error {
 			return errNilFunc
 		}
 		return c.engine.read(true, func(s snapshot[V]) error {
-			if _, err := s.revision(); err != nil { // SQLite takes the snapshot at the first read
-				return err
-			}
+			s.revision() // SQLite takes the snapshot at the first read
 			r := reader[T, V]{c, &tx[V]{snapshot: s}}
 			defer r.tx.done.Store(true)
 			return asIs(fn(r))
@@ -441,22 +443,21 @@ func (r reader[T, V]) call(at *place, fn func() error) error {
 }
 
 // read runs fn in the transaction that r is in, or in a snapshot of its own.
-func read[T, V, R any](r reader[T, V], lasts bool, fn func(snapshot[V]) (R, error)) (result R, err error) {
-	if r.tx != nil {
-		return fn(r.tx)
+func (r reader[T, V]) read(lasts bool, fn func(snapshot[V])) error {
+	do := func(s snapshot[V]) error {
+		fn(s)
+		return s.failure()
 	}
-	err = r.c.engine.read(lasts, func(s snapshot[V]) (err error) {
-		result, err = fn(s)
-		return err
-	})
-	return result, err
+	if r.tx != nil {
+		return do(r.tx)
+	}
+	return r.c.engine.read(lasts, do)
 }
 
 // query is a method that reads once.
-func query[T, V, R any](r reader[T, V], at place, fn func(snapshot[V]) (R, error)) (result R, err error) {
-	err = r.call(&at, func() (err error) {
-		result, err = read(r, false, fn)
-		return err
+func query[T, V, R any](r reader[T, V], at place, fn func(snapshot[V]) R) (result R, err error) {
+	err = r.call(&at, func() error {
+		return r.read(false, func(s snapshot[V]) { result = fn(s) })
 	})
 	return result, err
 }
@@ -471,7 +472,7 @@ func (r reader[T, V]) GetEntry(kind, key string) (Entry[T], bool, error) {
 }
 
 func (r reader[T, V]) entry(at place, whole bool) (e Entry[T], ok bool, err error) {
-	found, err := query(r, at, func(s snapshot[V]) (*Entry[V], error) { return s.get(at[1], at[2], whole) })
+	found, err := query(r, at, func(s snapshot[V]) *Entry[V] { return s.get(at[1], at[2], whole) })
 	if err != nil || found == nil {
 		return e, false, err
 	}
@@ -495,7 +496,7 @@ func (r reader[T, V]) List(kind string, filters ...FilterFunc[T]) (map[string]T,
 }
 
 func (r reader[T, V]) Keys(kind string) ([]string, error) {
-	return query(r, place{"keys", kind}, func(s snapshot[V]) ([]string, error) { return s.keys(kind) })
+	return query(r, place{"keys", kind}, func(s snapshot[V]) []string { return s.keys(kind) })
 }
 
 func (r reader[T, V]) Values(kind string) ([]Entry[T], error) {
@@ -503,7 +504,7 @@ func (r reader[T, V]) Values(kind string) ([]Entry[T], error) {
 }
 
 func (r reader[T, V]) Count(kind string) (int, error) {
-	return query(r, place{"count", kind}, func(s snapshot[V]) (int, error) { return s.count(kind) })
+	return query(r, place{"count", kind}, func(s snapshot[V]) int { return s.count(kind) })
 }
 
 func (r reader[T, V]) GetAll() (map[string]map[string]T, error) {
@@ -534,11 +535,11 @@ func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 			case rg.Limit < 0:
 				err = fmt.Errorf("negative limit %d", rg.Limit)
 			case r.c.engine.streams() && (r.tx == nil || r.tx.change == nil):
-				_, err = read(r, true, func(s snapshot[V]) (any, error) { return nil, s.scan(kind, rg, each) })
+				err = r.read(true, func(s snapshot[V]) { s.scan(kind, rg, each) })
 			default:
 				var rows []Entry[V]
-				rows, err = read(r, false, func(s snapshot[V]) ([]Entry[V], error) { return collect(s, kind, rg) })
-				for i := 0; i < len(rows) && each(&rows[i]); i++ {
+				err = r.read(false, func(s snapshot[V]) { rows = collect(s, kind, rg) })
+				for i := 0; err == nil && i < len(rows) && each(&rows[i]); i++ {
 				}
 			}
 			if err == nil && outlived() {
@@ -577,7 +578,7 @@ func (w writer[T, V]) set(at place, value T, want *int64) (version, revision int
 		}
 		if w.tx == nil && want == nil && w.c.repeats.Load() {
 			// Find out without locking other writers out.
-			if old, err := w.look(kind, key, false); err == nil && old != nil && w.c.same(old.Value, value, v) {
+			if old, _ := w.look(kind, key, false); old != nil && w.c.same(old.Value, value, v) {
 				return nil
 			}
 		}
@@ -599,12 +600,9 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 			return errNilFunc
 		}
 		return w.write(false, func(t transaction[V]) error {
-			old, err := t.get(kind, key, true)
-			if err == nil && old == nil {
-				err = ErrKeyNotFound
-			}
-			if err != nil {
-				return err
+			old := t.get(kind, key, true)
+			if old == nil {
+				return ErrKeyNotFound
 			}
 			value, err := w.c.decode(old.Value)
 			if err == nil {
@@ -659,10 +657,10 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 				return err
 			}
 			return each(func(i int, key string) error {
-				if versions[i] == 0 {
-					return nil
+				if versions[i] > 0 {
+					t.put(kind, key, encoded[i], versions[i])
 				}
-				return t.put(kind, key, encoded[i], versions[i])
+				return t.failure()
 			})
 		})
 	})
@@ -678,11 +676,11 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 			}
 			value, _ = w.c.decode(old.Value)
 			err = w.write(true, func(t transaction[V]) error {
-				now, err := t.get(kind, key, true)
+				now := t.get(kind, key, true)
 				if existed = now != nil && now.Revision == old.Revision; existed {
-					err = t.remove(now)
+					t.remove(now)
 				}
-				return err
+				return nil
 			})
 			if err != nil || existed {
 				return err
@@ -697,15 +695,20 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 
 // write runs fn in the Update that w is in, or in a transaction of its own.
 func (w writer[T, V]) write(shared bool, fn func(transaction[V]) error) error {
-	if w.tx != nil {
-		return fn(w.tx.change)
+	do := func(t transaction[V]) error {
+		err := fn(t)
+		return cmp.Or(t.failure(), err)
 	}
-	return w.c.engine.write(shared, fn)
+	if w.tx != nil {
+		return do(w.tx.change)
+	}
+	return w.c.engine.write(shared, do)
 }
 
 // look reads an entry.
-func (r reader[T, V]) look(kind, key string, whole bool) (*Entry[V], error) {
-	return read(r, false, func(s snapshot[V]) (*Entry[V], error) { return s.get(kind, key, whole) })
+func (r reader[T, V]) look(kind, key string, whole bool) (e *Entry[V], err error) {
+	err = r.read(false, func(s snapshot[V]) { e = s.get(kind, key, whole) })
+	return e, err
 }
 
 // check is what a value has to pass before anything is written.
@@ -727,10 +730,7 @@ func (c *core[T, V]) check(kind string, value T) (v V, err error) {
 // compare returns the version that a checked value would have, or 0 if it would change nothing, and
 // the revision that it would replace.
 func (c *core[T, V]) compare(t transaction[V], kind, key string, value T, v V, want *int64) (version, revision int64, err error) {
-	old, err := t.get(kind, key, true)
-	if err != nil {
-		return 0, 0, err
-	}
+	old := t.get(kind, key, true)
 	if old != nil {
 		version, revision = old.Version, old.Revision
 	}
@@ -750,13 +750,13 @@ func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want 
 	if version == 0 {
 		return 0, revision, err
 	}
-	if err = t.put(kind, key, v, version); err == nil && want != nil {
-		var now *Entry[V]
-		if now, err = t.get(kind, key, true); now != nil {
+	t.put(kind, key, v, version)
+	if want != nil {
+		if now := t.get(kind, key, true); now != nil {
 			revision = now.Revision
 		}
 	}
-	return version, revision, err
+	return version, revision, nil
 }
 
 // same compares what is stored with what is to be stored.
@@ -779,7 +779,7 @@ func (c *core[T, V]) entryOf(op string, r *Entry[V]) (Entry[T], error) {
 
 // entries decodes a kind, or all, after giving back what reading it took.
 func (r reader[T, V]) entries(at place, kind string) ([]Entry[T], error) {
-	rows, err := query(r, at, func(s snapshot[V]) ([]Entry[V], error) { return collect(s, kind, Range{}) })
+	rows, err := query(r, at, func(s snapshot[V]) []Entry[V] { return collect(s, kind, Range{}) })
 	entries := make([]Entry[T], len(rows))
 	for i := 0; i < len(rows) && err == nil; i++ {
 		entries[i], err = r.c.entryOf(at[0], &rows[i])
@@ -790,12 +790,12 @@ func (r reader[T, V]) entries(at place, kind string) ([]Entry[T], error) {
 	return entries, nil
 }
 
-func collect[V any](s snapshot[V], kind string, r Range) (rows []Entry[V], err error) {
-	err = s.scan(kind, r, func(e *Entry[V]) bool {
+func collect[V any](s snapshot[V], kind string, r Range) (rows []Entry[V]) {
+	s.scan(kind, r, func(e *Entry[V]) bool {
 		rows = append(rows, *e)
 		return true
 	})
-	return rows, err
+	return rows
 }
 
 var errNilFunc = errors.New("function is nil")
