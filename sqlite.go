@@ -30,7 +30,7 @@ import (
 // adding it up.
 const (
 	schemaVersion = 1
-	schemaObjects = 7 // in createLog
+	schemaObjects = 8 // in createTable and createLog
 	tableColumns  = "kind:1 key:2 value:0 version:0 updated_at:0 revision:0"
 	oldColumns    = "kind:1 key:2 value:0 version:0 updated_at:0" // of the multi-package Zestor
 
@@ -315,33 +315,36 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 // inspect returns the SQL that makes the file one of this schema, "" for one that is, and an error
 // for one that can't be.
 func (c *conn) inspect() (script string, err error) {
-	objects, others := 0, 0
+	known, others := 0, 0
 	for v := range c.rows(`SELECT sql || ';' FROM sqlite_schema WHERE sql IS NOT NULL`) {
 		switch sql := asText(v[0]); {
-		case strings.Contains(createLog, sql):
-			objects++
+		case strings.Contains(createTable+createLog, sql):
+			known++
 		case !strings.HasPrefix(sql, "CREATE TABLE sqlite_"):
 			others++
 		}
 	}
-	columns := asText(c.value(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
 	version := asInt(c.value(`PRAGMA user_version`))
+	if c.err == nil && version == schemaVersion && known == schemaObjects {
+		return "", nil // most files need no closer look, for which SQLite takes its time
+	}
+	columns := asText(c.value(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
 	switch {
 	case c.err != nil:
 		return "", c.err
-	case columns == "" && objects+others > 0:
+	case columns == "" && known+others > 0:
 		return "", errors.New("not a Zestor file: it has tables, but no zestor_kv")
 	case version > schemaVersion:
 		return "", fmt.Errorf("written by a newer Zestor: its schema has version %d, this program knows %d", version, schemaVersion)
-	case version == schemaVersion && columns == tableColumns && objects == schemaObjects:
+	case version == schemaVersion && columns == tableColumns && known == schemaObjects-1: // the table is an upgraded one
 		return "", nil
 	case version == 0 && columns == "":
 		return createTable + createLog, nil
-	case version == 0 && columns == oldColumns && objects == 0:
+	case version == 0 && columns == oldColumns && known == 0:
 		return upgradeTable, nil
 	}
-	return "", fmt.Errorf("not a Zestor file: version %d, %d of %d other objects, and a table zestor_kv with the columns %q",
-		version, objects, schemaObjects, columns)
+	return "", fmt.Errorf("not a Zestor file: version %d, %d of %d known objects, and a table zestor_kv with the columns %q",
+		version, known, schemaObjects, columns)
 }
 
 // conn is one connection, and the state of its transaction or snapshot. One goroutine uses it at a
