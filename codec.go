@@ -10,7 +10,8 @@ import (
 // several goroutines at once, and must not call the store.
 //
 // Marshal is handed the T itself. Unmarshal is handed a pointer to a fresh value: a *E where T is a
-// pointer *E, so that protobuf messages work, and a *T otherwise. It may keep data.
+// pointer *E, so that protobuf messages work, and a *T otherwise. It may keep data, but must not
+// change it.
 //
 // Marshal should encode equal values alike: without a CompareFn the store takes values for equal
 // whose encodings are equal, and a codec that encodes one value in several ways makes every Set of

@@ -99,8 +99,8 @@ func (o *watchOptions) check() error {
 }
 
 func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error) {
-	w := &watch[T, V]{kind: kind, wake: make(chan struct{}, 1), settle: make(chan struct{})}
-	w.limit = DefaultWatchBufferSize
+	w := &watch[T, V]{kind: kind, wake: make(chan struct{}, 1)}
+	w.limit, w.counted.L = DefaultWatchBufferSize, &w.mu
 	err := c.call(&place{"watch", kind}, func() error {
 		for _, opt := range opts {
 			if opt != nil {
@@ -187,36 +187,35 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 		go c.deliver(w)
 	}()
 	var ev Event[T] // the first in queue, if it is decoded
-	decoded := false
-	for !ended {
-		var next *Event[V]
+	decoded, sent := false, false
+	for {
 		w.mu.Lock()
-		if decoded && try(w.ch, ev) {
-			ended, decoded = w.shiftLocked(), false
+		if sent || decoded && try(w.ch, ev) {
+			ended = w.shiftLocked()
+			decoded, sent = false, false
 		}
+		ended = ended || w.ctx.Err() != nil
+		w.countLocked(decoded && !ended)
+		var next *Event[V]
 		if !decoded && len(w.queue) > 0 {
 			next = w.queue[0]
 		}
 		w.mu.Unlock()
-		if next != nil {
-			ev, decoded = c.eventOf(w, next), true
-		}
-		if next != nil || ended {
-			continue
-		}
 		var ch chan Event[T] // nil: nothing to send
-		if decoded {
+		switch {
+		case ended:
+			return
+		case next != nil:
+			ev, decoded = c.eventOf(w, next), true
+			continue
+		case decoded:
 			ch = w.ch
 		}
 		select {
 		case ch <- ev:
-			w.mu.Lock()
-			ended, decoded = w.shiftLocked(), false
-			w.mu.Unlock()
+			sent = true
 		case <-w.wake:
-		case <-w.settle:
 		case <-w.ctx.Done():
-			ended = true
 		}
 	}
 }
@@ -344,8 +343,7 @@ type watch[T, V any] struct {
 	cancel  context.CancelFunc
 	ch      chan Event[T]
 	from    int64         // live changes come after this revision
-	wake    chan struct{} // gets a token when there is something to send
-	settle  chan struct{} // deliver takes from it when it has counted what it sent
+	wake    chan struct{} // gets a token when there is something to do
 	failure error         // deliver's; why the first in queue could not be decoded
 
 	mu      sync.Mutex
@@ -353,6 +351,9 @@ type watch[T, V any] struct {
 	free    int         // protected by mu; how many of these are the replay, which does not count
 	sent    int         // protected by mu; changes that went into ch
 	stopped bool        // protected by mu; an EventError is the last in queue
+	blocked bool        // protected by mu; deliver may have sent what it has not counted
+	asked   bool        // protected by mu; somebody waits until it has counted
+	counted sync.Cond
 }
 
 func (w *watch[T, V]) wants(ev *Event[V]) bool {
@@ -364,14 +365,12 @@ func (w *watch[T, V]) offer(ev *Event[V]) {
 	w.mu.Lock()
 	// What was sent last is what is left in ch.
 	full := func() bool { return len(w.queue)-w.free+min(w.sent, len(w.ch)) >= w.limit }
-	if full() && w.free == 0 && !w.stopped {
-		// The consumer may have taken what deliver has not counted yet.
-		w.mu.Unlock()
-		select {
-		case w.settle <- struct{}{}:
-		case <-w.ctx.Done():
+	if full() && w.blocked && !w.stopped { // perhaps the consumer has taken what is not counted yet
+		w.asked = true
+		try(w.wake, struct{}{})
+		for w.asked {
+			w.counted.Wait()
 		}
-		w.mu.Lock()
 	}
 	overflow := full()
 	if !overflow && !w.stopped {
@@ -412,6 +411,12 @@ func (w *watch[T, V]) shiftLocked() (last bool) {
 		w.queue = nil
 	}
 	return last
+}
+
+// countLocked says that queue and sent are right, and whether deliver goes on to send.
+func (w *watch[T, V]) countLocked(blocked bool) {
+	w.blocked, w.asked = blocked, false
+	w.counted.Signal()
 }
 
 // try sends if it can do so at once.
