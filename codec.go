@@ -3,6 +3,7 @@ package zestor
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"reflect"
 )
 
@@ -57,9 +58,12 @@ func (c funcCodec) Unmarshal(data []byte, v any) error {
 
 // encoder returns what encodes a T. It never returns nil for a value, since a file tells an empty
 // encoding from none.
-func encoder[T any](codec Codec) func(T) ([]byte, error) {
-	return func(value T) ([]byte, error) {
+func encoder[T any](codec Codec) func(kind, key string, value T) ([]byte, error) {
+	return func(kind, key string, value T) ([]byte, error) {
 		data, err := codec.Marshal(value)
+		if size := len(kind) + len(key) + len(data); err == nil && size > maxSize {
+			err = fmt.Errorf("too big: %d bytes, where SQLite takes at most %d", size, maxSize)
+		}
 		if data == nil {
 			data = []byte{}
 		}

@@ -15,7 +15,7 @@ import (
 // store's lock while their function runs.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
-	encode := func(value T) (T, error) { return value, nil }
+	encode := func(_, _ string, value T) (T, error) { return value, nil }
 	decode := func(value T) (T, error) { return value, nil }
 	c := newCore(e, opts, encode, decode, equality[T]())
 	e.hub = &c.hub

@@ -44,6 +44,7 @@ const (
 	newest = `(SELECT max(revision) FROM zestor_log)`
 	logEnd = `ifnull((SELECT position + length(CAST(kind || key AS BLOB)) + length(value) + 64
 			FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
+	after  = `max(CAST(OLD.version AS INTEGER), 1) + 1`
 	same   = `CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB) AND NEW.revision <= OLD.revision`
 	repair = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
 			WHERE key = NEW.key AND kind = iif(NEW.revision = last_insert_rowid() AND NEW.version = `
@@ -53,12 +54,14 @@ const (
 		revision INTEGER PRIMARY KEY, position INTEGER NOT NULL, type TEXT NOT NULL,
 		version INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL);
 	CREATE TRIGGER zestor_insert AFTER INSERT ON zestor_kv BEGIN
+		SELECT RAISE(ABORT, 'zestor: kind and key must be non-empty text')
+			WHERE NOT (NEW.kind > '' AND NEW.kind < x'' AND NEW.key > '' AND NEW.key < x'');
 		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'create', 1, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
 		UPDATE zestor_kv SET version = 1` + repair + `1, NULL, NEW.kind);
 	END;
 	CREATE TRIGGER zestor_update AFTER UPDATE OF value ON zestor_kv WHEN NOT (` + same + `) BEGIN
-		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'update', OLD.version + 1, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
-		UPDATE zestor_kv SET version = OLD.version + 1` + repair + `OLD.version + 1, NULL, NEW.kind);
+		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'update', ` + after + `, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
+		UPDATE zestor_kv SET version = ` + after + repair + after + `, NULL, NEW.kind);
 	END;
 	CREATE TRIGGER zestor_same AFTER UPDATE OF value ON zestor_kv WHEN ` + same + ` BEGIN
 		UPDATE zestor_kv SET version = OLD.version, revision = OLD.revision, updated_at = OLD.updated_at
@@ -79,7 +82,7 @@ const (
 	// The last row marks where the history begins. It is no change, so it can't be replayed.
 	upgradeTable = `
 	ALTER TABLE zestor_kv ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
-	UPDATE zestor_kv SET revision = number FROM
+	UPDATE zestor_kv SET revision = number, version = max(1, CAST(version AS INTEGER)) FROM
 		(SELECT kind AS k, key AS y, row_number() OVER (ORDER BY kind, key) AS number FROM zestor_kv)
 		WHERE kind = k AND key = y;
 	DROP INDEX IF EXISTS idx_kv_kind;` + createLog + `;
@@ -87,7 +90,7 @@ const (
 )
 
 const (
-	maxSize      = 1_000_000_000         // of a value; sqlite.org/limits.html, item 1
+	maxCopy      = 16 << 20              // the driver keeps a copy of its arguments; after a longer one the connection is closed
 	readers      = 4                     // connections for short reads; more starve the writer on a small machine
 	pollInterval = 12 * time.Millisecond // at which a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction
@@ -328,12 +331,15 @@ func (c *conn) inspect() (script string, err error) {
 	if c.err == nil && version == schemaVersion && known == schemaObjects {
 		return "", nil // most files need no closer look, for which SQLite takes its time
 	}
+	encoding := asText(c.value(`PRAGMA encoding`))
 	columns := asText(c.value(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
 	switch {
 	case c.err != nil:
 		return "", c.err
 	case columns == "" && known+others > 0:
 		return "", errors.New("not a Zestor file: it has tables, but no zestor_kv")
+	case encoding != "UTF-8":
+		return "", fmt.Errorf("not a Zestor file: its text is encoded as %s", encoding)
 	case version > schemaVersion:
 		return "", fmt.Errorf("written by a newer Zestor: its schema has version %d, this program knows %d", version, schemaVersion)
 	case version == schemaVersion && columns == tableColumns && known == schemaObjects-1: // the table is an upgraded one
@@ -412,15 +418,13 @@ func (c *conn) retry(fn func() error) error {
 // afterwards whether that were all. The slice is reused, its values are not.
 func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 	return func(yield func([]driver.Value) bool) {
-		c.args = c.args[:0]
-		for i, arg := range args {
-			if size := len(asBytes(arg)) + len(asText(arg)); size > maxSize && c.err == nil {
-				c.err = fmt.Errorf("too big: %d bytes, where SQLite takes at most %d", size, maxSize)
-			}
-			c.args = append(c.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
-		}
 		if c.err != nil {
 			return
+		}
+		c.args = c.args[:0]
+		for i, arg := range args {
+			c.args = append(c.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
+			c.done = c.done || len(asBytes(arg))+len(asText(arg)) > maxCopy
 		}
 		var rows driver.Rows
 		c.err = c.retry(func() (err error) {
@@ -692,6 +696,7 @@ func (s *sqliteEngine) group() {
 			return nil
 		}
 		r := s.waiting[0]
+		s.waiting[0] = nil // hold no longer than needed
 		s.waiting = s.waiting[1:]
 		group = append(group, r)
 		return r

@@ -206,7 +206,8 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 		case ended:
 			return
 		case next != nil:
-			ev, decoded = c.eventOf(w, next), true
+			c.decodeEvent(w, next, &ev)
+			decoded = true
 			continue
 		case decoded:
 			ch = w.ch
@@ -220,10 +221,11 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 	}
 }
 
-func (c *core[T, V]) eventOf(w *watch[T, V], e *Event[V]) Event[T] {
-	ev := Event[T]{Type: e.Type, Kind: e.Kind, Key: e.Key, Version: e.Version, Revision: e.Revision, Err: e.Err}
+// decodeEvent makes ev of e, which is the first in w's queue.
+func (c *core[T, V]) decodeEvent(w *watch[T, V], e *Event[V], ev *Event[T]) {
+	*ev = Event[T]{Type: e.Type, Kind: e.Kind, Key: e.Key, Version: e.Version, Revision: e.Revision, Err: e.Err}
 	if e.Type == EventSynced || e.Type == EventError {
-		return ev
+		return
 	}
 	err := w.failure
 	if w.failure = nil; err == nil {
@@ -232,7 +234,6 @@ func (c *core[T, V]) eventOf(w *watch[T, V], e *Event[V]) Event[T] {
 	if err != nil {
 		ev.Err = place{"watch", e.Kind, e.Key}.fail(err)
 	}
-	return ev
 }
 
 // tail publishes the changes after a revision until stop is closed, or it can't have them.

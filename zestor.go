@@ -349,10 +349,10 @@ type core[T, V any] struct {
 	writer[T, V]
 	engine  engine[V]
 	options StoreOptions[T]
-	nilable bool                    // a T can be a nil pointer
-	encode  func(T) (V, error)      // runs the codec
-	decode  func(V) (T, error)      // runs the codec
-	equal   func(prev, next V) bool // without CompareFn
+	nilable bool                                       // a T can be a nil pointer
+	encode  func(kind, key string, value T) (V, error) // runs the codec
+	decode  func(V) (T, error)                         // runs the codec
+	equal   func(prev, next V) bool                    // without CompareFn
 	hub     hub[T, V]
 	open    sync.RWMutex // read-locked by each call; Close locks it for good
 	closing sync.Once
@@ -376,8 +376,8 @@ type tx[V any] struct {
 	done   atomic.Bool
 }
 
-func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(T) (V, error), decode func(V) (T, error),
-	equal func(prev, next V) bool) *core[T, V] {
+func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(kind, key string, value T) (V, error),
+	decode func(V) (T, error), equal func(prev, next V) bool) *core[T, V] {
 	opts.ValidateFns = maps.Clone(opts.ValidateFns)
 	kind := reflect.TypeFor[T]().Kind()
 	c := &core[T, V]{engine: e, options: opts, encode: encode, decode: decode, equal: equal,
@@ -572,7 +572,7 @@ func (w writer[T, V]) SetIf(kind, key string, value T, revision int64) (int64, e
 func (w writer[T, V]) set(at place, value T, want *int64) (version, revision int64, err error) {
 	kind, key := at[1], at[2]
 	err = w.call(&at, func() error {
-		v, err := w.c.check(kind, value)
+		v, err := w.c.check(kind, key, value)
 		if err != nil {
 			return err
 		}
@@ -611,7 +611,7 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 			if err != nil {
 				return err
 			}
-			v, err := w.c.check(kind, value)
+			v, err := w.c.check(kind, key, value)
 			if err != nil {
 				return err
 			}
@@ -641,7 +641,7 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 	return w.call(&at, func() error {
 		err := each(func(i int, key string) (err error) {
 			if err = at.check(); err == nil {
-				encoded[i], err = w.c.check(kind, values[key])
+				encoded[i], err = w.c.check(kind, key, values[key])
 			}
 			return err
 		})
@@ -712,7 +712,7 @@ func (r reader[T, V]) look(kind, key string, whole bool) (e *Entry[V], err error
 }
 
 // check is what a value has to pass before anything is written.
-func (c *core[T, V]) check(kind string, value T) (v V, err error) {
+func (c *core[T, V]) check(kind, key string, value T) (v V, err error) {
 	if c.nilable {
 		if p := reflect.ValueOf(value); p.Kind() == reflect.Pointer && p.IsNil() {
 			return v, errors.New("value is a nil pointer")
@@ -722,7 +722,7 @@ func (c *core[T, V]) check(kind string, value T) (v V, err error) {
 		err = validate(value)
 	}
 	if err == nil {
-		v, err = c.encode(value)
+		v, err = c.encode(kind, key, value)
 	}
 	return v, err
 }
@@ -798,6 +798,10 @@ func collect[V any](s snapshot[V], kind string, r Range) (rows []Entry[V]) {
 	return rows
 }
 
+// maxSize is how many bytes SQLite takes of a kind, key and value together, with room for the rest
+// of a row; sqlite.org/limits.html, item 1.
+const maxSize = 1_000_000_000 - 1024
+
 var errNilFunc = errors.New("function is nil")
 
 // A place says where an error happened: the operation, and the kind and key as far as it names
@@ -810,6 +814,8 @@ func (p place) check() error {
 		return ErrKindRequired
 	case len(p) > 2 && p[2] == "":
 		return ErrKeyRequired
+	case len(p) > 1 && len(p[1])+len(p[len(p)-1]) > maxSize:
+		return errors.New("kind and key are too long")
 	}
 	return nil
 }
