@@ -34,6 +34,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 
 	_ "github.com/mattn/go-sqlite3"
 	"github.com/zestor-dev/zestor"
@@ -5525,15 +5526,139 @@ func TestFileDotDot(t *testing.T) {
 
 // versions that no store writes.
 func TestFileOddVersions(t *testing.T) {
-	for _, version := range []string{"0", "-1", "'x'", "1.5"} {
+	for _, version := range []string{"0", "-1", "'x'", "1.5", "'3'", "5"} {
 		path := filepath.Join(t.TempDir(), "a.db")
 		fileStatements(t, path, fileOldTable+`INSERT INTO zestor_kv (kind, key, value, version) VALUES ('k', 'a', CAST('"1"' AS BLOB), `+version+`)`)
 		s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
-		r, err := s.Set("k", "a", "2")
-		v, _, _ := s.Get("k", "a")
-		if err != nil || v != "2" || r != zestor.SetUpdated {
-			t.Errorf("version %s: %v %v %v", version, r, err, v)
+		events := watchOn(t, s, "k")
+		before, _, _ := s.GetEntry("k", "a")
+		for i := range int64(2) {
+			watchSet(t, s, "k", "a", fmt.Sprint("new", i))
+			e, _, err := s.GetEntry("k", "a")
+			ev, _ := watchNext(t, events)
+			if err != nil || e.Version != before.Version+1+i || ev.Version != e.Version {
+				t.Errorf("of version %s: %+v after %+v, and %+v: %v", version, e, before, ev, err)
+			}
 		}
+	}
+}
+
+// In a file of UTF-16 two keys that are no valid text would be one.
+func TestFileUTF16(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	fileStatements(t, path, `PRAGMA encoding = 'UTF-16le';`+fileOldTable)
+	_, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[string]{DSN: path})
+	if err := fileBad(err, path, "UTF-16le"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Names that the store could neither give back nor delete.
+func TestFileNamesTypedByHand(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	for _, names := range []string{`'k', ''`, `'', 'k'`, `'k', x'6162'`, `x'6162', 'k'`} {
+		if err := fileSQL(path, `INSERT INTO zestor_kv (kind, key, value) VALUES (`+names+`, '"1"')`); err == nil || !strings.Contains(err.Error(), "non-empty text") {
+			t.Errorf("%s: %v", names, err)
+		}
+	}
+}
+
+// A value that is too big spoils nothing else of its Update, and no value is held once it is
+// stored or refused.
+func TestFileHoldsNoValue(t *testing.T) {
+	var held weak.Pointer[byte]
+	codec := zestor.NewCodec(func(v any) ([]byte, error) {
+		data := make([]byte, v.(int))
+		held = weak.Make(&data[0])
+		return data, nil
+	}, func([]byte, any) error { return nil })
+	s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: filepath.Join(t.TempDir(), "a.db"), Codec: codec})
+	for name, write := range map[string]func(size int) error{
+		"Set":     func(size int) error { return rwErr(s.Set("k", "a", size)) },
+		"SetMany": func(size int) error { return s.SetMany("k", map[string]int{"b": size}) },
+		"SetMany of a huge value": func(size int) error {
+			if s.SetMany("k", map[string]int{"b": 1_000_000_000}) == nil {
+				return errors.New("no error")
+			}
+			return nil
+		},
+	} {
+		if err := write(1 << 20); err != nil {
+			t.Fatal(name, err)
+		}
+		for range 3 {
+			runtime.GC()
+		}
+		if held.Value() != nil {
+			t.Errorf("%s: the value is still held", name)
+		}
+	}
+	check(t, s.Update(func(tx zestor.ReadWriter[int]) error {
+		if _, err := tx.Set("k", "c", 1_000_000_000); err == nil {
+			t.Error("no error in an Update")
+		}
+		return rwErr(tx.Set("k", "d", 1))
+	}))
+}
+
+// What is undelivered when ctx ends is dropped, also under a consumer that keeps pace.
+func TestWatchEndsAtOnce(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	decoded := 0
+	codec := zestor.NewCodec(json.Marshal, func(data []byte, v any) error {
+		if decoded++; decoded == 100 {
+			cancel()
+		}
+		return json.Unmarshal(data, v)
+	})
+	s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: ":memory:", Codec: codec})
+	values := make(map[string]int)
+	for i := range 1000 {
+		values[fmt.Sprint(i)] = i
+	}
+	check(t, s.SetMany("k", values))
+	events, err := s.Watch(ctx, "k", zestor.WithInitialReplay())
+	check(t, err)
+	n := 0
+	for range events {
+		n++
+	}
+	if n > 101 {
+		t.Errorf("%d events came, though ctx ended with the 100th", n)
+	}
+}
+
+// A codec that is stuck in one watch holds up nothing else.
+func TestWatchStuckCodec(t *testing.T) {
+	for _, o := range []zestor.SQLiteOptions[string]{{}, {DisableWAL: true}, {DSN: ":memory:"}} {
+		t.Run(fmt.Sprintf("%q without WAL %v", o.DSN, o.DisableWAL), func(t *testing.T) {
+			stuck, free := make(chan struct{}), make(chan struct{})
+			o.Codec = zestor.NewCodec(json.Marshal, func(data []byte, v any) error {
+				if string(data) == `"stuck"` {
+					close(stuck)
+					<-free
+				}
+				return json.Unmarshal(data, v)
+			})
+			if o.DSN == "" {
+				o.DSN = filepath.Join(t.TempDir(), "a.db")
+			}
+			s := openSQLite(t, o)
+			first := watchOn(t, s, "a", zestor.WithBufferSize(1))
+			second := watchOn(t, s, "b")
+			watchSet(t, s, "a", "1", "stuck")
+			<-stuck
+			watchSet(t, s, "a", "2", "x") // overflows the first watch
+			watchSet(t, s, "b", "1", "x")
+			watchWant(t, second, "create 1=x v1 r3")
+			third := watchOn(t, s, "b", zestor.WithInitialReplay())
+			watchWant(t, third, "create 1=x v1 r3", "synced r3")
+			watchSet(t, s, "b", "2", "x")
+			watchWant(t, second, "create 2=x v1 r4")
+			close(free)
+			watchWant(t, first, "create 1=stuck v1 r1", "error r1 overflow", "closed")
+		})
 	}
 }
 
