@@ -137,7 +137,7 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 func (c *core[T, V]) begin(w *watch[T, V]) error {
 	synced := &Event[V]{Type: EventSynced, Kind: w.kind}
 	if w.initial || w.resume {
-		w.queue, w.free = []*Event[V]{synced}, 1
+		w.queue = []*Event[V]{synced}
 	}
 	var past []*Event[V]
 	replay := func(ev *Event[V]) bool {
@@ -162,7 +162,7 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 	})
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.queue, w.free = append(past, w.queue...), w.free+len(past)
+	w.queue = append(past, w.queue...)
 	return err
 }
 
@@ -349,8 +349,7 @@ type watch[T, V any] struct {
 
 	mu      sync.Mutex
 	queue   []*Event[V] // protected by mu; what did not go into ch yet
-	free    int         // protected by mu; how many of these are the replay, which does not count
-	sent    int         // protected by mu; changes that went into ch
+	live    int         // protected by mu; changes that were ever queued, without the replay
 	stopped bool        // protected by mu; an EventError is the last in queue
 	blocked bool        // protected by mu; deliver may have sent what it has not counted
 	asked   bool        // protected by mu; somebody waits until it has counted
@@ -364,8 +363,8 @@ func (w *watch[T, V]) wants(ev *Event[V]) bool {
 // offer queues a change, unless the watch holds too many.
 func (w *watch[T, V]) offer(ev *Event[V]) {
 	w.mu.Lock()
-	// What was sent last is what is left in ch.
-	full := func() bool { return len(w.queue)-w.free+min(w.sent, len(w.ch)) >= w.limit }
+	// Of what is undelivered, the live changes are last.
+	full := func() bool { return min(len(w.queue)+len(w.ch), w.live) >= w.limit }
 	if full() && w.blocked && !w.stopped { // perhaps the consumer has taken what is not counted yet
 		w.asked = true
 		try(w.wake, struct{}{})
@@ -375,7 +374,7 @@ func (w *watch[T, V]) offer(ev *Event[V]) {
 	}
 	overflow := full()
 	if !overflow && !w.stopped {
-		w.queue = append(w.queue, ev)
+		w.queue, w.live = append(w.queue, ev), w.live+1
 		try(w.wake, struct{}{})
 	}
 	w.mu.Unlock()
@@ -401,20 +400,13 @@ func (w *watch[T, V]) stop(err error, complete int64) {
 
 // shiftLocked takes from the queue what was sent, and says whether that was the last.
 func (w *watch[T, V]) shiftLocked() (last bool) {
-	if w.free > 0 {
-		w.free--
-	} else {
-		w.sent++
-	}
 	last = w.queue[0].Type == EventError
 	w.queue[0] = nil // hold no longer than needed
-	if w.queue = w.queue[1:]; len(w.queue) == 0 {
-		w.queue = nil
-	}
+	w.queue = w.queue[1:]
 	return last
 }
 
-// countLocked says that queue and sent are right, and whether deliver goes on to send.
+// countLocked says that the queue is right, and whether deliver goes on to send.
 func (w *watch[T, V]) countLocked(blocked bool) {
 	w.blocked, w.asked = blocked, false
 	w.counted.Signal()
