@@ -30,7 +30,7 @@ import (
 // adding it up.
 const (
 	schemaVersion = 1
-	schemaObjects = 8 // in createTable and createLog
+	schemaObjects = 7 // in createLog
 	tableColumns  = "kind:1 key:2 value:0 version:0 updated_at:0 revision:0"
 	oldColumns    = "kind:1 key:2 value:0 version:0 updated_at:0" // of the multi-package Zestor
 
@@ -194,6 +194,9 @@ func parseDSN(text string) (d dsn, err error) {
 			return d, fmt.Errorf("parameter %s can't be %q", name, value)
 		}
 	}
+	if d.immutable {
+		d.mode = "ro"
+	}
 	switch {
 	case err != nil || u.Path == ":memory:":
 	case u.Path == "":
@@ -210,7 +213,7 @@ func parseDSN(text string) (d dsn, err error) {
 }
 
 func (d *dsn) private() bool  { return d.path == "" }
-func (d *dsn) readOnly() bool { return d.mode == "ro" || d.immutable }
+func (d *dsn) readOnly() bool { return d.mode == "ro" }
 
 // uri is what the driver is given for a connection. No two goroutines use one at once, so it needs
 // no mutex of SQLite's.
@@ -318,17 +321,19 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 // inspect returns the SQL that makes the file one of this schema, "" for one that is, and an error
 // for one that can't be.
 func (c *conn) inspect() (script string, err error) {
-	known, others := 0, 0
+	table, known, others := "", 0, 0
 	for v := range c.rows(`SELECT sql || ';' FROM sqlite_schema WHERE sql IS NOT NULL`) {
 		switch sql := asText(v[0]); {
-		case strings.Contains(createTable+createLog, sql):
+		case sql == createTable:
+			table = sql
+		case strings.Contains(createLog, sql):
 			known++
 		case !strings.HasPrefix(sql, "CREATE TABLE sqlite_"):
 			others++
 		}
 	}
 	version := asInt(c.value(`PRAGMA user_version`))
-	if c.err == nil && version == schemaVersion && known == schemaObjects {
+	if c.err == nil && version == schemaVersion && known == schemaObjects && table != "" {
 		return "", nil // most files need no closer look, for which SQLite takes its time
 	}
 	encoding := asText(c.value(`PRAGMA encoding`))
@@ -342,14 +347,14 @@ func (c *conn) inspect() (script string, err error) {
 		return "", fmt.Errorf("not a Zestor file: its text is encoded as %s", encoding)
 	case version > schemaVersion:
 		return "", fmt.Errorf("written by a newer Zestor: its schema has version %d, this program knows %d", version, schemaVersion)
-	case version == schemaVersion && columns == tableColumns && known == schemaObjects-1: // the table is an upgraded one
+	case version == schemaVersion && known == schemaObjects && columns == tableColumns:
 		return "", nil
 	case version == 0 && columns == "":
 		return createTable + createLog, nil
 	case version == 0 && columns == oldColumns && known == 0:
 		return upgradeTable, nil
 	}
-	return "", fmt.Errorf("not a Zestor file: version %d, %d of %d known objects, and a table zestor_kv with the columns %q",
+	return "", fmt.Errorf("not a Zestor file: version %d, %d of %d other objects, and a table zestor_kv with the columns %q",
 		version, known, schemaObjects, columns)
 }
 
@@ -409,7 +414,7 @@ func (c *conn) retry(fn func() error) error {
 			start = time.Now().Add(-lockPoll)
 		}
 		if time.Since(start) >= c.busyTimeout {
-			return fmt.Errorf("another process kept the file locked for longer than BusyTimeout: %w", err)
+			return fmt.Errorf("the file stayed locked for longer than BusyTimeout: %w", err)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package zestor
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -101,6 +102,7 @@ func (o *watchOptions) check() error {
 func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error) {
 	w := &watch[T, V]{kind: kind, wake: make(chan struct{}, 1)}
 	w.limit, w.counted.L = DefaultWatchBufferSize, &w.mu
+	var ended error // ctx's, which comes back as it is
 	err := c.call(&place{"watch", kind}, func() error {
 		for _, opt := range opts {
 			if opt != nil {
@@ -113,7 +115,8 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 		case ctx == nil:
 			return errors.New("context is nil")
 		case ctx.Err() != nil:
-			return asIs(ctx.Err())
+			ended = ctx.Err()
+			return ended
 		}
 		w.ctx, w.cancel = context.WithCancel(ctx)
 		w.ch = make(chan Event[T], min(w.limit, 64))
@@ -127,7 +130,7 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 		return nil
 	})
 	if err != nil {
-		return nil, err
+		return nil, cmp.Or(ended, err)
 	}
 	return w.ch, nil
 }
@@ -151,6 +154,7 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		c.hub.add(w, s.revision, c.tail)
 		synced.Revision = w.from
 		switch {
+		case s.failure() != nil:
 		case w.resume && w.since > w.from:
 			return ErrCompacted
 		case w.resume:
@@ -195,7 +199,8 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 			decoded, sent = false, false
 		}
 		ended = ended || w.ctx.Err() != nil
-		w.countLocked(decoded && !ended)
+		w.blocked, w.asked = decoded && !ended, false // the queue is right
+		w.counted.Signal()
 		var next *Event[V]
 		if !decoded && len(w.queue) > 0 {
 			next = w.queue[0]
@@ -404,12 +409,6 @@ func (w *watch[T, V]) shiftLocked() (last bool) {
 	w.queue[0] = nil // hold no longer than needed
 	w.queue = w.queue[1:]
 	return last
-}
-
-// countLocked says that the queue is right, and whether deliver goes on to send.
-func (w *watch[T, V]) countLocked(blocked bool) {
-	w.blocked, w.asked = blocked, false
-	w.counted.Signal()
 }
 
 // try sends if it can do so at once.

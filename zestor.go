@@ -387,7 +387,8 @@ func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(kind, key 
 }
 
 func (c *core[T, V]) View(fn func(tx Reader[T]) error) error {
-	return c.call(&place{"view"}, func() error {
+	var own error // fn's, which comes back as it is
+	err := c.call(&place{"view"}, func() error {
 		if fn == nil {
 			return errNilFunc
 		}
@@ -395,22 +396,27 @@ func (c *core[T, V]) View(fn func(tx Reader[T]) error) error {
 			s.revision() // SQLite takes the snapshot at the first read
 			r := reader[T, V]{c, &tx[V]{snapshot: s}}
 			defer r.tx.done.Store(true)
-			return asIs(fn(r))
+			own = fn(r)
+			return own
 		})
 	})
+	return cmp.Or(own, err)
 }
 
 func (c *core[T, V]) Update(fn func(tx ReadWriter[T]) error) error {
-	return c.call(&place{"update"}, func() error {
+	var own error // fn's, which comes back as it is
+	err := c.call(&place{"update"}, func() error {
 		if fn == nil {
 			return errNilFunc
 		}
 		return c.engine.write(false, func(t transaction[V]) error {
 			w := writer[T, V]{reader[T, V]{c, &tx[V]{snapshot: t, change: t}}}
 			defer w.tx.done.Store(true)
-			return asIs(fn(w))
+			own = fn(w)
+			return own
 		})
 	})
+	return cmp.Or(own, err)
 }
 
 func (c *core[T, V]) Close() (err error) {
@@ -578,8 +584,9 @@ func (w writer[T, V]) set(at place, value T, want *int64) (version, revision int
 		}
 		if w.tx == nil && want == nil && w.c.repeats.Load() {
 			// Find out without locking other writers out.
-			if old, _ := w.look(kind, key, false); old != nil && w.c.same(old.Value, value, v) {
-				return nil
+			old, err := w.look(kind, key, false)
+			if err != nil || old != nil && w.c.same(old.Value, value, v) {
+				return err
 			}
 		}
 		return w.write(w.c.options.CompareFn == nil, func(t transaction[V]) (err error) {
@@ -649,12 +656,8 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 			return err
 		}
 		return w.write(false, func(t transaction[V]) error {
-			err := each(func(i int, key string) (err error) {
-				versions[i], _, err = w.c.compare(t, kind, key, values[key], encoded[i], nil)
-				return err
-			})
-			if err != nil {
-				return err
+			for i, key := range keys { // before anything is written, since CompareFn may panic
+				versions[i], _, _ = w.c.compare(t, kind, key, values[key], encoded[i], nil)
 			}
 			return each(func(i int, key string) error {
 				if versions[i] > 0 {
@@ -669,23 +672,30 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
 	var value T
 	err = w.call(&place{"delete", kind, key}, func() error {
-		for { // until nobody has written in between: the codec must not run in a shared transaction
-			old, err := w.look(kind, key, true)
-			if err != nil || old == nil {
-				return err
-			}
-			value, _ = w.c.decode(old.Value)
-			err = w.write(true, func(t transaction[V]) error {
+		old, err := w.look(kind, key, true)
+		if err != nil || old == nil {
+			return err
+		}
+		value, _ = w.c.decode(old.Value)
+		// The codec must not run in a shared transaction. If somebody has written in between, it
+		// runs in one that is not.
+		for _, shared := range []bool{true, false} {
+			err = w.write(shared, func(t transaction[V]) error {
 				now := t.get(kind, key, true)
-				if existed = now != nil && now.Revision == old.Revision; existed {
-					t.remove(now)
+				if existed = now != nil && (!shared || now.Revision == old.Revision); !existed {
+					return nil
 				}
+				if !shared {
+					value, _ = w.c.decode(now.Value)
+				}
+				t.remove(now)
 				return nil
 			})
 			if err != nil || existed {
 				return err
 			}
 		}
+		return nil
 	})
 	if existed = existed && err == nil; existed {
 		prev = value
@@ -822,35 +832,15 @@ func (p place) check() error {
 
 // fail wraps an error once.
 func (p place) fail(err error) error {
-	switch e := err.(type) {
-	case nil:
+	if err == nil {
 		return nil
-	case finalError:
-		return e.error
 	}
 	text := "zestor: " + p[0]
 	for i, name := range p[1:] {
 		text += " /"[i:i+1] + printable(name)
 	}
-	return &placedError{text + ": " + strings.TrimPrefix(err.Error(), "zestor: "), err}
-}
-
-type placedError struct {
-	text  string
-	cause error
-}
-
-func (e *placedError) Error() string { return e.text }
-func (e *placedError) Unwrap() error { return e.cause }
-
-// A finalError comes back to the caller as it is.
-type finalError struct{ error }
-
-func asIs(err error) error {
-	if err == nil {
-		return nil
-	}
-	return finalError{err}
+	// The cause is wrapped, but of its text only what follows its own prefix is shown.
+	return fmt.Errorf("%s: %s%.0w", text, strings.TrimPrefix(err.Error(), "zestor: "), err)
 }
 
 // printable makes a name fit for one line of an error message.

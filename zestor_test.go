@@ -5543,6 +5543,17 @@ func TestFileOddVersions(t *testing.T) {
 	}
 }
 
+// A file opened read-only is not made.
+func TestFileImmutable(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	if _, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[string]{DSN: fileURI(path, "immutable=1")}); err == nil {
+		t.Error("an absent file is opened")
+	}
+	if _, err := os.Stat(path); err == nil {
+		t.Error("the file was made")
+	}
+}
+
 // In a file of UTF-16 two keys that are no valid text would be one.
 func TestFileUTF16(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
@@ -5551,6 +5562,82 @@ func TestFileUTF16(t *testing.T) {
 	if err := fileBad(err, path, "UTF-16le"); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// A file that lacks a trigger, or has another log, would lose changes or repeat revisions.
+func TestFileOfOtherSchema(t *testing.T) {
+	for _, damage := range []string{`DROP TRIGGER zestor_insert`, `DROP TRIGGER zestor_update`, `DROP TRIGGER zestor_keep`,
+		`ALTER TABLE zestor_log ADD COLUMN note`, `ALTER TABLE zestor_kv ADD COLUMN note`} {
+		path := filepath.Join(t.TempDir(), "a.db")
+		check(t, openSQLite(t, zestor.SQLiteOptions[string]{DSN: path}).Close())
+		fileStatements(t, path, damage)
+		_, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[string]{DSN: path})
+		if err := fileBad(err, path, "not a Zestor file"); err != nil {
+			t.Errorf("%s: %v", damage, err)
+		}
+	}
+}
+
+// A lock is an error of its own, not a conflict, a gap or an absent key.
+func TestFileLockedIsNothingElse(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: 100 * time.Millisecond})
+	watchSet(t, s, "k", "a", "1")
+	s.Set("k", "a", "1") // changes nothing, so that the next Set looks before it writes
+	db, err := sql.Open("sqlite3", path)
+	check(t, err)
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	_, err = db.Exec("BEGIN EXCLUSIVE")
+	check(t, err)
+	for name, call := range map[string]func() error{
+		"Watch": func() error { _, err := s.Watch(t.Context(), "k", zestor.WithSince(1)); return err },
+		"Set":   func() error { return rwErr(s.Set("k", "a", "1")) },
+		"SetIf": func() error { return rwErr(s.SetIf("k", "a", "2", 1)) },
+		"SetFn": func() error { return rwErr(s.SetFn("k", "a", func(v string) (string, error) { return v, nil })) },
+		"View":  func() error { return s.View(func(tx zestor.Reader[string]) error { return rwErr(tx.Count("k")) }) },
+	} {
+		if err := call(); err == nil || !strings.Contains(err.Error(), "BusyTimeout") || errors.Is(err, zestor.ErrCompacted) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	_, err = db.Exec("ROLLBACK")
+	check(t, err)
+	watchSet(t, s, "k", "a", "2")
+}
+
+// Delete ends, however often its key is set meanwhile.
+func TestDeleteAmongSets(t *testing.T) {
+	codec := zestor.NewCodec(json.Marshal, func(data []byte, v any) error {
+		time.Sleep(2 * time.Millisecond) // is slower than a Set
+		return json.Unmarshal(data, v)
+	})
+	s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: ":memory:", Codec: codec})
+	stop, sets := make(chan struct{}), sync.WaitGroup{}
+	sets.Go(func() {
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+				s.Set("k", "a", i)
+			}
+		}
+	})
+	fileSoon(t, func() error {
+		for deleted := 0; deleted < 10; {
+			existed, _, err := s.Delete("k", "a")
+			if err != nil {
+				return err
+			}
+			if existed {
+				deleted++
+			}
+		}
+		return nil
+	})
+	close(stop)
+	sets.Wait()
 }
 
 // Names that the store could neither give back nor delete.
