@@ -103,15 +103,14 @@ func (r *memRow[T]) entry(kind, key string) Entry[T] {
 	return Entry[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
 }
 
-// memKind is the rows of one kind, and an index of their keys.
+// memKind is the rows of one kind, and an index of their keys: made when somebody needs an order, and
+// kept until that has been in vain for so long that sorting anew is cheaper.
 type memKind[T any] struct {
 	rows map[string]*memRow[T] // protected by the engine's mu, with what is pointed at
 
-	// The index is made when somebody first needs an order, and brought up to date when somebody
-	// next does, under the engine's read lock.
-	index   sync.Mutex
-	sorted  []string // protected by index; nil: not made
-	changed []string // protected by index; keys that came or went since
+	index  sync.Mutex // held by those who hold the engine's mu for reading
+	sorted []string   // protected by index; nil: not made
+	unused int        // protected by index; keys that came or went since somebody needed it
 }
 
 func (e *memEngine[T]) read(_ bool, fn func(snapshot[T]) error) error {
@@ -266,14 +265,19 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 	} else {
 		delete(k.rows, key)
 	}
-	switch {
-	case len(k.rows) == 0:
+	if len(k.rows) == 0 {
 		delete(e.kinds, kind)
-	case k.sorted == nil:
-	case len(k.changed) > len(k.sorted)/2+64:
-		k.sorted, k.changed = nil, nil // no better than a new one
-	case old == nil || r == nil:
-		k.changed = append(k.changed, key)
+	}
+	if k.sorted == nil || (old == nil) == (r == nil) {
+		return old
+	}
+	at, _ := slices.BinarySearch(k.sorted, key)
+	if k.unused++; k.unused > 512 {
+		k.sorted = nil
+	} else if old == nil {
+		k.sorted = slices.Insert(k.sorted, at, key)
+	} else {
+		k.sorted = slices.Delete(k.sorted, at, at+1)
 	}
 	return old
 }
@@ -282,23 +286,8 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 func (k *memKind[T]) order() []string {
 	k.index.Lock()
 	defer k.index.Unlock()
-	if k.sorted == nil {
+	if k.unused = 0; k.sorted == nil {
 		k.sorted = slices.Sorted(maps.Keys(k.rows))
-	}
-	if len(k.changed) > 0 {
-		slices.Sort(k.changed)
-		merged, rest := make([]string, 0, len(k.rows)), k.sorted
-		for _, key := range slices.Compact(k.changed) {
-			n, found := slices.BinarySearch(rest, key)
-			merged, rest = append(merged, rest[:n]...), rest[n:]
-			if found {
-				rest = rest[1:]
-			}
-			if k.rows[key] != nil {
-				merged = append(merged, key)
-			}
-		}
-		k.sorted, k.changed = append(merged, rest...), nil
 	}
 	return k.sorted
 }
@@ -314,18 +303,12 @@ func equality[T any]() func(a, b T) bool {
 // isPlain says that values of t hold no pointers, interfaces or anything else that DeepEqual looks
 // behind.
 func isPlain(t reflect.Type) bool {
-	switch t.Kind() {
+	switch kind := t.Kind(); kind {
 	case reflect.Array:
 		return isPlain(t.Elem())
 	case reflect.Struct:
-		for i := range t.NumField() {
-			if !isPlain(t.Field(i).Type) {
-				return false
-			}
-		}
-		return true
-	case reflect.String:
-		return true
+		return !slices.ContainsFunc(reflect.VisibleFields(t), func(f reflect.StructField) bool { return !isPlain(f.Type) })
+	default:
+		return kind == reflect.String || kind >= reflect.Bool && kind <= reflect.Complex128
 	}
-	return t.Kind() >= reflect.Bool && t.Kind() <= reflect.Complex128
 }
