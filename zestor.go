@@ -631,40 +631,36 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 }
 
 func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
-	at := place{"setmany", kind}
+	at := place{"setmany", kind} // and the key that it has come to
 	keys := slices.Sorted(maps.Keys(values))
 	encoded, versions := make([]V, len(keys)), make([]int64, len(keys))
-	// each names the key where an error happens.
-	each := func(do func(i int, key string) error) error {
+	return w.call(&at, func() (err error) {
 		for i, key := range keys {
-			at = place{"setmany", kind, key}
-			if err := do(i, key); err != nil {
-				return err
-			}
-		}
-		at = at[:2]
-		return nil
-	}
-	return w.call(&at, func() error {
-		err := each(func(i int, key string) (err error) {
+			at = append(at[:2], key)
 			if err = at.check(); err == nil {
 				encoded[i], err = w.c.check(kind, key, values[key])
 			}
-			return err
-		})
-		if err != nil || len(keys) == 0 {
-			return err
+			if err != nil {
+				return err
+			}
+		}
+		if at = at[:2]; len(keys) == 0 {
+			return nil
 		}
 		return w.write(false, func(t transaction[V]) error {
 			for i, key := range keys { // before anything is written, since CompareFn may panic
 				versions[i], _, _ = w.c.compare(t, kind, key, values[key], encoded[i], nil)
 			}
-			return each(func(i int, key string) error {
+			for i, key := range keys {
 				if versions[i] > 0 {
 					t.put(kind, key, encoded[i], versions[i])
 				}
-				return t.failure()
-			})
+				if t.failure() != nil {
+					at = append(at, key)
+					break
+				}
+			}
+			return nil
 		})
 	})
 }
