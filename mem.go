@@ -14,10 +14,10 @@ import (
 // Without a CompareFn values are equal if reflect.DeepEqual says so. View and Update hold the
 // store's lock while their function runs.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
-	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
+	e := &memEngine[T]{kinds: make(map[string]*memKind[T]), equal: equality[T]()}
 	encode := func(_, _ string, value T) (T, error) { return value, nil }
 	decode := func(value T) (T, error) { return value, nil }
-	c := newCore(e, opts, encode, decode, equality[T]())
+	c := newCore(e, opts, encode, decode, e.equal)
 	e.hub = &c.hub
 	return &memStore[T]{c, e}
 }
@@ -77,7 +77,8 @@ func (s *memStore[T]) Set(kind, key string, value T) (SetResult, error) {
 
 // memEngine is a map of kinds behind a mutex.
 type memEngine[T any] struct {
-	hub *hub[T, T] // gets events while mu is locked, so that they come in the order of writes
+	hub   *hub[T, T] // gets events while mu is locked, so that they come in the order of writes
+	equal func(a, b T) bool
 
 	mu     sync.RWMutex
 	kinds  map[string]*memKind[T] // protected by mu
@@ -227,13 +228,18 @@ func (t *memTx[T]) history(since int64, _ func(*Event[T]) bool) error {
 	return nil
 }
 
-func (t *memTx[T]) put(kind, key string, value T, version int64) {
-	what := EventUpdate
-	if version == 1 {
-		what = EventCreate
+func (t *memTx[T]) put(kind string, keys []string, values []T, anew bool) {
+	for i, key := range keys {
+		what, version := EventCreate, int64(1)
+		if old := t.row(kind, key); old != nil {
+			if !anew && t.equal(old.value, values[i]) {
+				continue
+			}
+			what, version = EventUpdate, old.version+1
+		}
+		r := &memRow[T]{values[i], version, t.newest + 1, time.Now().UnixMilli()}
+		t.change(what, r.entry(kind, key), r)
 	}
-	r := &memRow[T]{value, version, t.newest + 1, time.Now().UnixMilli()}
-	t.change(what, r.entry(kind, key), r)
 }
 
 func (t *memTx[T]) remove(old *Entry[T]) {

@@ -639,21 +639,38 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	return c.err
 }
 
-func (c *conn) put(kind, key string, value []byte, version int64) {
-	sql := `UPDATE zestor_kv SET value = ?3, version = ?4, updated_at = ?5, revision = 1 + ` + newest + ` WHERE kind = ?1 AND key = ?2`
-	if version == 1 {
-		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ifnull(1 + ` + newest + `, 1))`
+func (c *conn) put(kind string, keys []string, values [][]byte, anew bool) {
+	sql := ` ON CONFLICT DO UPDATE SET value = excluded.value, version = version + 1, updated_at = excluded.updated_at, revision = excluded.revision`
+	if !anew {
+		sql += ` WHERE CAST(value AS BLOB) IS NOT excluded.value`
 	}
-	c.write(kind, key, value, sql, kind, key, value, version, c.now)
+	for n := 0; len(keys) > 0 && c.err == nil; keys, values = keys[n:], values[n:] {
+		if n = 32; len(keys) < n || c.engine.dsn.readOnly() { // rows a statement, but few different statements
+			n = 1
+		}
+		if c.engine.dsn.readOnly() && !anew { // SQLite refuses even a write of nothing
+			if old := c.get(kind, keys[0], false); old != nil && bytes.Equal(old.Value, values[0]) {
+				continue
+			}
+		}
+		args, revision := []driver.Value{kind, c.now}, c.revision()
+		for i, key := range keys[:n] {
+			revision++ // where an equal value takes none, the trigger will put the next ones right
+			args = append(args, key, values[i], revision)
+			c.wrote(kind, key, values[i])
+		}
+		c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?1, ?3, ?, ?2, ?)`+
+			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+sql, args...)
+	}
 }
 
 func (c *conn) remove(old *Entry[[]byte]) {
-	c.write(old.Kind, old.Key, old.Value, `DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
+	c.exec(`DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
+	c.wrote(old.Kind, old.Key, old.Value)
 }
 
-// write runs a statement, and counts what a trigger logs of it.
-func (c *conn) write(kind, key string, value []byte, sql string, args ...driver.Value) {
-	c.exec(sql, args...)
+// wrote counts a change, and what a trigger logs of it.
+func (c *conn) wrote(kind, key string, value []byte) {
 	c.changes++
 	c.logged += int64(len(kind) + len(key) + len(value) + 64)
 }

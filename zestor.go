@@ -326,7 +326,9 @@ type snapshot[V any] interface {
 // transaction is a snapshot that can be changed. A write takes the next revision.
 type transaction[V any] interface {
 	snapshot[V]
-	put(kind, key string, value V, version int64)
+	// put stores values under keys, but for those that are there already, unless it is to store
+	// them anew.
+	put(kind string, keys []string, values []V, anew bool)
 	remove(old *Entry[V])
 }
 
@@ -633,7 +635,7 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 	at := place{"setmany", kind} // and the key that it has come to
 	keys := slices.Sorted(maps.Keys(values))
-	encoded, versions := make([]V, len(keys)), make([]int64, len(keys))
+	encoded := make([]V, len(keys))
 	return w.call(&at, func() (err error) {
 		for i, key := range keys {
 			at = append(at[:2], key)
@@ -648,18 +650,18 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 			return nil
 		}
 		return w.write(false, func(t transaction[V]) error {
-			for i, key := range keys { // before anything is written, since CompareFn may panic
-				versions[i], _, _ = w.c.compare(t, kind, key, values[key], encoded[i], nil)
+			if w.c.options.CompareFn == nil {
+				t.put(kind, keys, encoded, false)
+				return nil
 			}
-			for i, key := range keys {
-				if versions[i] > 0 {
-					t.put(kind, key, encoded[i], versions[i])
-				}
-				if t.failure() != nil {
-					at = append(at, key)
-					break
+			changes := 0
+			for i, key := range keys { // all before anything is written, since CompareFn may panic
+				if old := t.get(kind, key, true); old == nil || !w.c.same(old.Value, values[key], encoded[i]) {
+					keys[changes], encoded[changes] = key, encoded[i]
+					changes++
 				}
 			}
+			t.put(kind, keys[:changes], encoded[:changes], true)
 			return nil
 		})
 	})
@@ -733,9 +735,9 @@ func (c *core[T, V]) check(kind, key string, value T) (v V, err error) {
 	return v, err
 }
 
-// compare returns the version that a checked value would have, or 0 if it would change nothing, and
-// the revision that it would replace.
-func (c *core[T, V]) compare(t transaction[V], kind, key string, value T, v V, want *int64) (version, revision int64, err error) {
+// put stores a checked value if want allows it and it is a change. It returns its version, or 0 if
+// it is none, and for SetIf its revision.
+func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (version, revision int64, err error) {
 	old := t.get(kind, key, true)
 	if old != nil {
 		version, revision = old.Version, old.Revision
@@ -746,23 +748,13 @@ func (c *core[T, V]) compare(t transaction[V], kind, key string, value T, v V, w
 	case old != nil && c.same(old.Value, value, v):
 		return 0, revision, nil
 	}
-	return version + 1, revision, nil
-}
-
-// put stores a checked value if want allows it and it is a change. It returns its version, or 0,
-// and for SetIf its revision.
-func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (version, revision int64, err error) {
-	version, revision, err = c.compare(t, kind, key, value, v, want)
-	if version == 0 {
-		return 0, revision, err
-	}
-	t.put(kind, key, v, version)
+	t.put(kind, []string{key}, []V{v}, true)
 	if want != nil {
 		if now := t.get(kind, key, true); now != nil {
 			revision = now.Revision
 		}
 	}
-	return version, revision, nil
+	return version + 1, revision, nil
 }
 
 // same compares what is stored with what is to be stored.
