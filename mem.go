@@ -170,10 +170,10 @@ func (t *memTx[T]) get(kind, key string, _ bool) *Entry[T] {
 	return &e
 }
 
-func (t *memTx[T]) scan(kind string, r Range, each func(*Entry[T]) bool) {
+func (t *memTx[T]) scan(kind string, r Range, _ bool, each func(*Entry[T]) bool) {
 	if kind == "" {
 		for kind := range t.kinds {
-			t.scan(kind, r, each)
+			t.scan(kind, r, true, each)
 		}
 		return
 	}

@@ -554,10 +554,14 @@ func (s *sqliteEngine) read(lasts bool, fn func(snapshot[[]byte]) error) error {
 
 func (s *sqliteEngine) streams() bool { return s.wal }
 
-// entryOf makes an entry of value, version, revision, updated_at, key and kind, or of the first of
-// these.
-func entryOf(kind, key string, v []driver.Value) *Entry[[]byte] {
-	e := &Entry[[]byte]{Kind: kind, Key: key, Value: asBytes(v[0])}
+// The columns of an entry, or of its value alone.
+const (
+	valueColumn  = `CAST(value AS BLOB)`
+	entryColumns = valueColumn + `, version, revision, updated_at`
+)
+
+func entryOf(kind, key string, v []driver.Value) Entry[[]byte] {
+	e := Entry[[]byte]{Kind: kind, Key: key, Value: asBytes(v[0])}
 	if len(v) == 1 {
 		return e
 	}
@@ -569,37 +573,40 @@ func entryOf(kind, key string, v []driver.Value) *Entry[[]byte] {
 }
 
 func (c *conn) get(kind, key string, whole bool) *Entry[[]byte] {
-	sql := `SELECT CAST(value AS BLOB) FROM zestor_kv WHERE kind = ? AND key = ?`
+	sql := `SELECT ` + valueColumn + ` FROM zestor_kv WHERE kind = ? AND key = ?`
 	if whole {
-		sql = `SELECT CAST(value AS BLOB), version, revision, updated_at FROM zestor_kv WHERE kind = ? AND key = ?`
+		sql = `SELECT ` + entryColumns + ` FROM zestor_kv WHERE kind = ? AND key = ?`
 	}
 	v := c.exec(sql, kind, key)
 	if v == nil {
 		return nil
 	}
-	return entryOf(kind, key, v)
+	e := entryOf(kind, key, v)
+	return &e
 }
 
-func (c *conn) scan(kind string, r Range, each func(*Entry[[]byte]) bool) {
+func (c *conn) scan(kind string, r Range, whole bool, each func(*Entry[[]byte]) bool) {
+	sql := valueColumn + ` FROM zestor_kv`
+	if whole {
+		sql = entryColumns + ` FROM zestor_kv`
+	}
 	lo, hi, bounded := r.bounds()
 	args := []driver.Value{kind, lo, hi, int64(cmp.Or(r.Limit, -1))}
 	if !bounded {
 		args[2] = []byte{} // SQLite sorts every blob behind every text
 	}
-	sql := `SELECT CAST(value AS BLOB), version, revision, updated_at, key FROM zestor_kv
-		WHERE kind = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?`
 	switch {
 	case kind == "":
-		sql, args = `SELECT CAST(value AS BLOB), version, revision, updated_at, key, kind FROM zestor_kv`, nil
+		sql, args = `SELECT kind, key, `+sql, nil
 	case r.Descending:
-		sql = strings.Replace(sql, "ORDER BY key", "ORDER BY key DESC", 1)
+		sql = `SELECT NULL, key, ` + sql + ` WHERE kind = ? AND key >= ? AND key < ? ORDER BY key DESC LIMIT ?`
+	default:
+		sql = `SELECT NULL, key, ` + sql + ` WHERE kind = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?`
 	}
+	var e Entry[[]byte]
 	for v := range c.rows(sql, args...) {
-		e := entryOf(kind, asText(v[4]), v)
-		if kind == "" {
-			e.Kind = asText(v[5])
-		}
-		if !each(e) {
+		e = entryOf(cmp.Or(kind, asText(v[0])), asText(v[1]), v[2:])
+		if !each(&e) {
 			break
 		}
 	}
@@ -628,7 +635,8 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 		return cmp.Or(c.err, c.engine.moved())
 	}
 	for v := range c.rows(`SELECT value, version, revision, type, kind, key FROM zestor_log WHERE revision > ? ORDER BY revision`, since) {
-		ev := entryOf(asText(v[4]), asText(v[5]), v).event(EventType(asText(v[3])))
+		e := entryOf(asText(v[4]), asText(v[5]), v)
+		ev := e.event(EventType(asText(v[3])))
 		if since++; ev.Revision != since || ev.Kind == "" { // the mark of an upgrade has no kind
 			return ErrCompacted
 		}

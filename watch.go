@@ -160,7 +160,7 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		case w.resume:
 			return s.history(w.since, replay)
 		case w.initial && w.wants(&Event[V]{Type: EventCreate, Kind: w.kind, Key: w.prefix}):
-			s.scan(w.kind, Range{Prefix: w.prefix}, func(e *Entry[V]) bool { return replay(e.event(EventCreate)) })
+			s.scan(w.kind, Range{Prefix: w.prefix}, true, func(e *Entry[V]) bool { return replay(e.event(EventCreate)) })
 		}
 		return s.failure()
 	})

@@ -309,10 +309,12 @@ func (r Range) bounds() (lo, hi string, bounded bool) {
 // snapshot is one consistent state of an engine. What goes through it with each ends when that
 // returns false.
 type snapshot[V any] interface {
-	// get returns nil if the key is absent. Of an entry that is not asked for whole it may leave
-	// out all but the value.
+	// get returns nil if the key is absent. Of entries that are not asked for whole, get and scan
+	// may leave out all but their names and values.
 	get(kind, key string, whole bool) *Entry[V]
-	scan(kind string, r Range, each func(*Entry[V]) bool) // kind "": all kinds
+	// scan goes through a range of a kind, or through all kinds where that is "". The entry is
+	// reused.
+	scan(kind string, r Range, whole bool, each func(*Entry[V]) bool)
 	keys(kind string) []string
 	count(kind string) int
 	revision() int64
@@ -489,7 +491,7 @@ func (r reader[T, V]) entry(at place, whole bool) (e Entry[T], ok bool, err erro
 }
 
 func (r reader[T, V]) List(kind string, filters ...FilterFunc[T]) (map[string]T, error) {
-	entries, err := r.entries(place{"list", kind}, kind)
+	entries, err := r.entries(place{"list", kind}, kind, false)
 	if err != nil {
 		return nil, err
 	}
@@ -508,7 +510,7 @@ func (r reader[T, V]) Keys(kind string) ([]string, error) {
 }
 
 func (r reader[T, V]) Values(kind string) ([]Entry[T], error) {
-	return r.entries(place{"values", kind}, kind)
+	return r.entries(place{"values", kind}, kind, true)
 }
 
 func (r reader[T, V]) Count(kind string) (int, error) {
@@ -516,7 +518,7 @@ func (r reader[T, V]) Count(kind string) (int, error) {
 }
 
 func (r reader[T, V]) GetAll() (map[string]map[string]T, error) {
-	entries, err := r.entries(place{"getall"}, "")
+	entries, err := r.entries(place{"getall"}, "", false)
 	if err != nil {
 		return nil, err
 	}
@@ -543,10 +545,10 @@ func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 			case rg.Limit < 0:
 				err = fmt.Errorf("negative limit %d", rg.Limit)
 			case r.c.engine.streams() && (r.tx == nil || r.tx.change == nil):
-				err = r.read(true, func(s snapshot[V]) { s.scan(kind, rg, each) })
+				err = r.read(true, func(s snapshot[V]) { s.scan(kind, rg, true, each) })
 			default:
 				var rows []Entry[V]
-				err = r.read(false, func(s snapshot[V]) { rows = collect(s, kind, rg) })
+				err = r.read(false, func(s snapshot[V]) { rows = collect(s, kind, rg, true) })
 				for i := 0; err == nil && i < len(rows) && each(&rows[i]); i++ {
 				}
 			}
@@ -776,8 +778,8 @@ func (c *core[T, V]) entryOf(op string, r *Entry[V]) (Entry[T], error) {
 }
 
 // entries decodes a kind, or all, after giving back what reading it took.
-func (r reader[T, V]) entries(at place, kind string) ([]Entry[T], error) {
-	rows, err := query(r, at, func(s snapshot[V]) []Entry[V] { return collect(s, kind, Range{}) })
+func (r reader[T, V]) entries(at place, kind string, whole bool) ([]Entry[T], error) {
+	rows, err := query(r, at, func(s snapshot[V]) []Entry[V] { return collect(s, kind, Range{}, whole) })
 	entries := make([]Entry[T], len(rows))
 	for i := 0; i < len(rows) && err == nil; i++ {
 		entries[i], err = r.c.entryOf(at[0], &rows[i])
@@ -788,8 +790,8 @@ func (r reader[T, V]) entries(at place, kind string) ([]Entry[T], error) {
 	return entries, nil
 }
 
-func collect[V any](s snapshot[V], kind string, r Range) (rows []Entry[V]) {
-	s.scan(kind, r, func(e *Entry[V]) bool {
+func collect[V any](s snapshot[V], kind string, r Range, whole bool) (rows []Entry[V]) {
+	s.scan(kind, r, whole, func(e *Entry[V]) bool {
 		rows = append(rows, *e)
 		return true
 	})
