@@ -104,14 +104,14 @@ func (r *memRow[T]) entry(kind, key string) Entry[T] {
 	return Entry[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
 }
 
-// memKind is the rows of one kind, and an index of their keys: made when somebody needs an order, and
-// kept until that has been in vain for so long that sorting anew is cheaper.
+// memKind is the rows of one kind, and an index of their keys: made when somebody first needs an
+// order, and brought up to date when somebody next does, under the engine's read lock.
 type memKind[T any] struct {
 	rows map[string]*memRow[T] // protected by the engine's mu, with what is pointed at
 
-	index  sync.Mutex // held by those who hold the engine's mu for reading
-	sorted []string   // protected by index; nil: not made
-	unused int        // protected by index; keys that came or went since somebody needed it
+	index   sync.Mutex
+	sorted  []string // protected by index; nil: not made
+	changed []string // protected by index; keys that came or went since
 }
 
 func (e *memEngine[T]) read(_ bool, fn func(snapshot[T]) error) error {
@@ -271,19 +271,14 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 	} else {
 		delete(k.rows, key)
 	}
-	if len(k.rows) == 0 {
+	switch {
+	case len(k.rows) == 0:
 		delete(e.kinds, kind)
-	}
-	if k.sorted == nil || (old == nil) == (r == nil) {
-		return old
-	}
-	at, _ := slices.BinarySearch(k.sorted, key)
-	if k.unused++; k.unused > 512 {
-		k.sorted = nil
-	} else if old == nil {
-		k.sorted = slices.Insert(k.sorted, at, key)
-	} else {
-		k.sorted = slices.Delete(k.sorted, at, at+1)
+	case k.sorted == nil || (old == nil) == (r == nil):
+	case len(k.changed) == 512: // to insert so many would cost more than to sort anew
+		k.sorted, k.changed = nil, nil
+	default:
+		k.changed = append(k.changed, key)
 	}
 	return old
 }
@@ -292,7 +287,16 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 func (k *memKind[T]) order() []string {
 	k.index.Lock()
 	defer k.index.Unlock()
-	if k.unused = 0; k.sorted == nil {
+	for _, key := range k.changed {
+		at, found := slices.BinarySearch(k.sorted, key)
+		switch there := k.rows[key] != nil; {
+		case there && !found:
+			k.sorted = slices.Insert(k.sorted, at, key)
+		case found && !there:
+			k.sorted = slices.Delete(k.sorted, at, at+1)
+		}
+	}
+	if k.changed = nil; k.sorted == nil {
 		k.sorted = slices.Sorted(maps.Keys(k.rows))
 	}
 	return k.sorted
