@@ -370,7 +370,6 @@ type conn struct {
 	err         error // SQLite's first since the connection was borrowed; nothing is run after it
 
 	changes, logged int64 // in this transaction: rows, and bytes
-	now             string
 }
 
 // connect opens a connection to the file that was opened first.
@@ -652,6 +651,7 @@ func (c *conn) put(kind string, keys []string, values [][]byte, anew bool) {
 	if !anew {
 		sql += ` WHERE CAST(value AS BLOB) IS NOT excluded.value`
 	}
+	now := time.Now().UTC().Format("2006-01-02T15:04:05.000Z")
 	for n := 0; len(keys) > 0 && c.err == nil; keys, values = keys[n:], values[n:] {
 		if n = 32; len(keys) < n || c.engine.dsn.readOnly() { // rows a statement, but few different statements
 			n = 1
@@ -661,7 +661,7 @@ func (c *conn) put(kind string, keys []string, values [][]byte, anew bool) {
 				continue
 			}
 		}
-		args, revision := []driver.Value{kind, c.now}, c.revision()
+		args, revision := []driver.Value{kind, now}, c.revision()
 		for i, key := range keys[:n] {
 			revision++ // where an equal value takes none, the trigger will put the next ones right
 			args = append(args, key, values[i], revision)
@@ -771,7 +771,6 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		c.changes, c.logged = 0, 0
 		err := c.transaction(begin, func() error {
 			c.busyTimeout = s.busyTimeout
-			c.now = time.Now().UTC().Format("2006-01-02T15:04:05.000Z")
 			if err := fn(c); err != nil || c.changes == 0 {
 				return cmp.Or(err, c.err)
 			}

@@ -195,7 +195,9 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 	for {
 		w.mu.Lock()
 		if sent || decoded && try(w.ch, ev) {
-			ended = w.shiftLocked()
+			ended = w.queue[0].Type == EventError
+			w.queue[0] = nil // hold no longer than needed
+			w.queue = w.queue[1:]
 			decoded, sent = false, false
 		}
 		ended = ended || w.ctx.Err() != nil
@@ -317,7 +319,9 @@ func (h *hub[T, V]) publish(tail <-chan struct{}, since int64, err error, change
 			}
 		}
 		if err != nil && w.from <= since {
-			w.stop(err, since)
+			w.mu.Lock()
+			w.stopLocked(err, since)
+			w.mu.Unlock()
 		} else if next < 0 || w.from < next {
 			next = w.from
 		}
@@ -368,6 +372,7 @@ func (w *watch[T, V]) wants(ev *Event[V]) bool {
 // offer queues a change, unless the watch holds too many.
 func (w *watch[T, V]) offer(ev *Event[V]) {
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	// Of what is undelivered, the live changes are last.
 	full := func() bool { return min(len(w.queue)+len(w.ch), w.live) >= w.limit }
 	if full() && w.blocked && !w.stopped { // perhaps the consumer has taken what is not counted yet
@@ -377,21 +382,16 @@ func (w *watch[T, V]) offer(ev *Event[V]) {
 			w.counted.Wait()
 		}
 	}
-	overflow := full()
-	if !overflow && !w.stopped {
+	if full() {
+		w.stopLocked(ErrWatchOverflow, ev.Revision-1)
+	} else if !w.stopped {
 		w.queue, w.live = append(w.queue, ev), w.live+1
 		try(w.wake, struct{}{})
 	}
-	w.mu.Unlock()
-	if overflow {
-		w.stop(ErrWatchOverflow, ev.Revision-1)
-	}
 }
 
-// stop makes the watch end with err when it has delivered what it holds.
-func (w *watch[T, V]) stop(err error, complete int64) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+// stopLocked makes the watch end with err when it has delivered what it holds.
+func (w *watch[T, V]) stopLocked(err error, complete int64) {
 	if w.stopped {
 		return
 	}
@@ -401,14 +401,6 @@ func (w *watch[T, V]) stop(err error, complete int64) {
 	w.stopped = true
 	w.queue = append(w.queue, &Event[V]{Type: EventError, Kind: w.kind, Revision: complete, Err: err})
 	try(w.wake, struct{}{})
-}
-
-// shiftLocked takes from the queue what was sent, and says whether that was the last.
-func (w *watch[T, V]) shiftLocked() (last bool) {
-	last = w.queue[0].Type == EventError
-	w.queue[0] = nil // hold no longer than needed
-	w.queue = w.queue[1:]
-	return last
 }
 
 // try sends if it can do so at once.

@@ -106,14 +106,9 @@ type Reader[T any] interface {
 	// and GetAll as a whole.
 	List(kind string, filters ...FilterFunc[T]) (map[string]T, error)
 
-	// Keys returns the keys of a kind, sorted.
-	Keys(kind string) ([]string, error)
-
-	// Values returns the entries of a kind, sorted by key.
-	Values(kind string) ([]Entry[T], error)
-
-	// Count returns how many keys a kind has. SQLite has to count them.
-	Count(kind string) (int, error)
+	Keys(kind string) ([]string, error)     // the keys of a kind, sorted
+	Values(kind string) ([]Entry[T], error) // its entries, sorted by key
+	Count(kind string) (int, error)         // how many keys it has, which SQLite has to count
 
 	// GetAll returns all values by kind and key, without kinds that have no keys. It is for files
 	// that hold only values of type T.
