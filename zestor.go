@@ -71,23 +71,14 @@ import (
 // The errors that callers tell apart with [errors.Is]. Methods return them wrapped in the
 // operation, kind and key.
 var (
-	// ErrClosed is returned by every call on a closed store.
-	ErrClosed = errors.New("zestor: store is closed")
-	// ErrKindRequired is returned where a kind is empty.
-	ErrKindRequired = errors.New("zestor: kind required")
-	// ErrKeyRequired is returned where a key is empty.
-	ErrKeyRequired = errors.New("zestor: key required")
-	// ErrKeyNotFound is returned by SetFn for a key that does not exist.
-	ErrKeyNotFound = errors.New("zestor: key not found")
-	// ErrConflict is returned by SetIf when the entry is not at the revision that the caller saw.
-	ErrConflict = errors.New("zestor: revision conflict")
-	// ErrTxDone is returned by a tx after its View or Update has returned.
-	ErrTxDone = errors.New("zestor: transaction is done")
-	// ErrWatchOverflow ends a watch whose consumer fell too far behind.
-	ErrWatchOverflow = errors.New("zestor: watch overflow: consumer too slow")
-	// ErrCompacted is returned, or ends a watch, when the history that the watch needs is not
-	// there: start over with an initial replay.
-	ErrCompacted = errors.New("zestor: history compacted: start over")
+	ErrClosed        = errors.New("zestor: store is closed")                   // any call on a closed store
+	ErrKindRequired  = errors.New("zestor: kind required")                     // a kind is empty
+	ErrKeyRequired   = errors.New("zestor: key required")                      // a key is empty
+	ErrKeyNotFound   = errors.New("zestor: key not found")                     // SetFn on a key that does not exist
+	ErrConflict      = errors.New("zestor: revision conflict")                 // SetIf: the entry is not at the revision that the caller saw
+	ErrTxDone        = errors.New("zestor: transaction is done")               // a tx is used after its View or Update has returned
+	ErrWatchOverflow = errors.New("zestor: watch overflow: consumer too slow") // a watch ended because its consumer fell too far behind
+	ErrCompacted     = errors.New("zestor: history compacted: start over")     // the history that a watch needs is not there
 )
 
 // Reader reads: the newest committed state on a store, and a transaction's own on its tx. An absent
