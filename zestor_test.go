@@ -651,6 +651,53 @@ func TestWrites(t *testing.T) {
 		}
 		return nil
 	}}}
+	rwEach(t, "SetMany of any size skips equal values and numbers the others", func(t *testing.T, s zestor.Store[int]) {
+		rng := rand.New(rand.NewPCG(1, 2))
+		events, err := s.Watch(t.Context(), "k")
+		check(t, err)
+		model := make(map[string]zestor.Entry[int])
+		revision := int64(0)
+		for _, size := range []int{1, 2, 31, 32, 33, 63, 64, 65, 100, 1000} {
+			for range 5 {
+				values := make(map[string]int)
+				for range size {
+					values[fmt.Sprint(rng.IntN(2*size))] = rng.IntN(3)
+				}
+				set := func(w zestor.Writer[int]) error { return w.SetMany("k", values) }
+				if size%2 == 0 {
+					check(t, s.Update(func(tx zestor.ReadWriter[int]) error { return set(tx) }))
+				} else {
+					check(t, set(s))
+				}
+				for _, key := range slices.Sorted(maps.Keys(values)) {
+					e, ok := model[key]
+					if ok && e.Value == values[key] {
+						continue
+					}
+					revision++
+					e = zestor.Entry[int]{Kind: "k", Key: key, Value: values[key], Version: e.Version + 1, Revision: revision}
+					model[key] = e
+					what := zestor.EventUpdate
+					if !ok {
+						what = zestor.EventCreate
+					}
+					rwEq(t, rwT(<-events), zestor.Event[int]{Type: what, Kind: "k", Key: key, Value: e.Value, Version: e.Version, Revision: revision})
+				}
+			}
+		}
+		rwEq(t, rwT(s.Revision()), revision, nil)
+		got, err := s.Values("k")
+		check(t, err)
+		for i, key := range slices.Sorted(maps.Keys(model)) {
+			if since := time.Since(got[i].UpdatedAt); since < -time.Second || since > time.Minute {
+				t.Fatal(got[i])
+			}
+			got[i].UpdatedAt = time.Time{}
+			rwEq(t, rwT(got[i]), model[key])
+		}
+		rwEq(t, rwT(len(got)), len(model))
+	})
+
 	rwWriters(t, "SetMany checks everything before it writes anything", opts, nil, func(t *testing.T, rw zestor.ReadWriter[string]) {
 		rwIs(t, rw.SetMany("k", map[string]string{"a": "1", "b": "bad", "c": "3"}), refused)
 		rwIs(t, rw.SetMany("k", map[string]string{"a": "1", "": "2", "c": "3"}), zestor.ErrKeyRequired)
