@@ -104,11 +104,12 @@ func (r *memRow[T]) entry(kind, key string) Entry[T] {
 	return Entry[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
 }
 
-// memKind is the rows of one kind, and an index of their keys: made when somebody first needs an
-// order, and brought up to date when somebody next does, under the engine's read lock.
+// memKind is the rows of one kind, and an index of their keys.
 type memKind[T any] struct {
 	rows map[string]*memRow[T] // protected by the engine's mu, with what is pointed at
 
+	// The index is made when somebody first needs an order, and brought up to date when somebody
+	// next does, under the engine's read lock.
 	index   sync.Mutex
 	sorted  []string // protected by index; nil: not made
 	changed []string // protected by index; keys that came or went since
@@ -274,10 +275,10 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 	switch {
 	case len(k.rows) == 0:
 		delete(e.kinds, kind)
-	case k.sorted == nil || (old == nil) == (r == nil):
-	case len(k.changed) == 512: // to insert so many would cost more than to sort anew
-		k.sorted, k.changed = nil, nil
-	default:
+	case k.sorted == nil:
+	case len(k.changed) > len(k.sorted)/2+64:
+		k.sorted, k.changed = nil, nil // no better than a new one
+	case old == nil || r == nil:
 		k.changed = append(k.changed, key)
 	}
 	return old
@@ -287,17 +288,23 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 func (k *memKind[T]) order() []string {
 	k.index.Lock()
 	defer k.index.Unlock()
-	for _, key := range k.changed {
-		at, found := slices.BinarySearch(k.sorted, key)
-		switch there := k.rows[key] != nil; {
-		case there && !found:
-			k.sorted = slices.Insert(k.sorted, at, key)
-		case found && !there:
-			k.sorted = slices.Delete(k.sorted, at, at+1)
-		}
-	}
-	if k.changed = nil; k.sorted == nil {
+	if k.sorted == nil {
 		k.sorted = slices.Sorted(maps.Keys(k.rows))
+	}
+	if len(k.changed) > 0 {
+		slices.Sort(k.changed)
+		merged, rest := make([]string, 0, len(k.rows)), k.sorted
+		for _, key := range slices.Compact(k.changed) {
+			n, found := slices.BinarySearch(rest, key)
+			merged, rest = append(merged, rest[:n]...), rest[n:]
+			if found {
+				rest = rest[1:]
+			}
+			if k.rows[key] != nil {
+				merged = append(merged, key)
+			}
+		}
+		k.sorted, k.changed = append(merged, rest...), nil
 	}
 	return k.sorted
 }
@@ -313,12 +320,18 @@ func equality[T any]() func(a, b T) bool {
 // isPlain says that values of t hold no pointers, interfaces or anything else that DeepEqual looks
 // behind.
 func isPlain(t reflect.Type) bool {
-	switch kind := t.Kind(); kind {
+	switch t.Kind() {
 	case reflect.Array:
 		return isPlain(t.Elem())
 	case reflect.Struct:
-		return !slices.ContainsFunc(reflect.VisibleFields(t), func(f reflect.StructField) bool { return !isPlain(f.Type) })
-	default:
-		return kind == reflect.String || kind >= reflect.Bool && kind <= reflect.Complex128
+		for i := range t.NumField() {
+			if !isPlain(t.Field(i).Type) {
+				return false
+			}
+		}
+		return true
+	case reflect.String:
+		return true
 	}
+	return t.Kind() >= reflect.Bool && t.Kind() <= reflect.Complex128
 }

@@ -647,40 +647,46 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 }
 
 func (c *conn) put(kind string, keys []string, values [][]byte, anew bool) {
-	sql := ` ON CONFLICT DO UPDATE SET value = excluded.value, version = version + 1, updated_at = excluded.updated_at, revision = excluded.revision`
+	update := ` ON CONFLICT (kind, key) DO UPDATE SET value = excluded.value, version = version + 1, updated_at = excluded.updated_at, revision = excluded.revision`
 	if !anew {
-		sql += ` WHERE CAST(value AS BLOB) IS NOT excluded.value`
+		update += ` WHERE CAST(value AS BLOB) IS NOT excluded.value`
 	}
-	now := time.Now().UTC().Format("2006-01-02T15:04:05.000Z")
+	readOnly, revision := c.engine.dsn.readOnly(), c.revision()
 	for n := 0; len(keys) > 0 && c.err == nil; keys, values = keys[n:], values[n:] {
-		if n = 32; len(keys) < n || c.engine.dsn.readOnly() { // rows a statement, but few different statements
+		if n = 32; len(keys) < n || readOnly { // rows a statement, but few different statements
 			n = 1
 		}
-		if c.engine.dsn.readOnly() && !anew { // SQLite refuses even a write of nothing
+		if readOnly && !anew { // SQLite refuses even a write of nothing
 			if old := c.get(kind, keys[0], false); old != nil && bytes.Equal(old.Value, values[0]) {
 				continue
 			}
 		}
-		args, revision := []driver.Value{kind, now}, c.revision()
+		args := []driver.Value{kind, time.Now().UTC().Format("2006-01-02T15:04:05.000Z")}
+		before, size := revision, 0
 		for i, key := range keys[:n] {
-			revision++ // where an equal value takes none, the trigger will put the next ones right
+			revision++
 			args = append(args, key, values[i], revision)
-			c.wrote(kind, key, values[i])
+			size += len(kind) + len(key) + len(values[i])
 		}
 		c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?1, ?3, ?, ?2, ?)`+
-			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+sql, args...)
+			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+update, args...)
+		if !anew { // equal values took no revision, and the trigger has put the others right
+			revision = c.revision()
+		}
+		c.wrote(revision-before, size)
 	}
 }
 
 func (c *conn) remove(old *Entry[[]byte]) {
 	c.exec(`DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
-	c.wrote(old.Kind, old.Key, old.Value)
+	c.wrote(1, len(old.Kind)+len(old.Key)+len(old.Value))
 }
 
-// wrote counts a change, and what a trigger logs of it.
-func (c *conn) wrote(kind, key string, value []byte) {
-	c.changes++
-	c.logged += int64(len(kind) + len(key) + len(value) + 64)
+// wrote counts changes, and what a trigger has logged of them.
+func (c *conn) wrote(changes int64, bytes int) {
+	if c.changes += changes; changes > 0 {
+		c.logged += int64(bytes) + 64*changes
+	}
 }
 
 // A request is a write that may share a transaction with others.

@@ -845,6 +845,16 @@ func TestEquality(t *testing.T) {
 		}
 		rwEq(t, rwT(rw.Revision()), int64(7), nil)
 	})
+	type padded struct { // == would panic
+		_ [0]func()
+		N int
+		_ [56]byte
+	}
+	rwWriters(t, "blank fields", zestor.StoreOptions[padded]{}, nil, func(t *testing.T, rw zestor.ReadWriter[padded]) {
+		rwEq(t, rwT(rw.Set("k", "a", padded{N: 1})), zestor.SetCreated, nil)
+		rwEq(t, rwT(rw.Set("k", "a", padded{N: 1})), zestor.SetUnchanged, nil)
+		rwEq(t, rwT(rw.Set("k", "a", padded{N: 2})), zestor.SetUpdated, nil)
+	})
 	opts := zestor.StoreOptions[string]{CompareFn: func(prev, next string) bool {
 		return strings.EqualFold(prev, next) || strings.HasPrefix(prev, next) // prev, then next
 	}}
@@ -5478,6 +5488,56 @@ func TestMemIndexIsCheap(t *testing.T) {
 	check(t, err)
 	fileEqual(t, "sorted", slices.IsSorted(keys), true)
 	fileEqual(t, "keys", len(keys), 210_000)
+}
+
+// A write that changes nothing writes nothing: neither the log nor the file is
+// cut or checkpointed.
+func TestFileNoChange(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	values := make(map[string]int)
+	for i := range 1000 {
+		values[fmt.Sprint(i)] = i
+	}
+	a := openSQLite(t, zestor.SQLiteOptions[int]{DSN: path})
+	check(t, a.SetMany("k", values))
+	b := openSQLite(t, zestor.SQLiteOptions[int]{DSN: path, HistoryBytes: 1})
+	stat := func() (state []any) { // no more, since reading the file would drop SQLite's locks
+		for _, name := range []string{path, path + "-wal"} {
+			info, err := os.Stat(name)
+			check(t, err)
+			state = append(state, info.Size(), info.ModTime())
+		}
+		return state
+	}
+	before := stat()
+	for range 20 {
+		check(t, b.SetMany("k", values))
+		check(t, b.Update(func(tx zestor.ReadWriter[int]) error { return tx.SetMany("k", values) }))
+		fileOK(t)(b.Set("k", "1", 1))
+		_, err := b.SetIf("k", "1", 1, rwEntry(t, b, "k", "1").Revision)
+		check(t, err)
+		_, err = b.SetFn("k", "1", func(n int) (int, error) { return n, nil })
+		check(t, err)
+	}
+	rwEq(t, stat(), before...)
+	_, err := a.Watch(t.Context(), "k", zestor.WithSince(0))
+	check(t, err)
+}
+
+// A constraint that somebody has added to the table is an error for who breaks
+// it, and no reason to write another key.
+func TestFileUnique(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	fileOK(t)(s.Set("users", "alice", "a@x"))
+	fileStatements(t, path, `CREATE UNIQUE INDEX emails ON zestor_kv (CAST(value AS TEXT))`)
+	_, err := s.Set("users", "bob", "a@x")
+	check(t, fileBad(err, "zestor: set users/bob", "UNIQUE"))
+	check(t, fileBad(s.SetMany("users", map[string]string{"bob": "a@x", "carol": "c@x"}), "zestor: setmany users", "UNIQUE"))
+	got, err := s.List("users")
+	check(t, err)
+	fileEqual(t, "users", len(got), 1)
+	fileEqual(t, "alice", got["alice"], "a@x")
 }
 
 // a Set that SQLite refuses fails Sets that share its transaction.
