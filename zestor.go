@@ -813,16 +813,9 @@ func (p place) fail(err error) error {
 	}
 	text := "zestor: " + p[0]
 	for i, name := range p[1:] {
-		text += " /"[i:i+1] + printable(name)
+		quoted := fmt.Sprintf("%.100q", name) // fits one line
+		text += " /"[i:i+1] + quoted[1:len(quoted)-1]
 	}
 	// The cause is wrapped, but of its text only what follows its own prefix is shown.
 	return fmt.Errorf("%s: %s%.0w", text, strings.TrimPrefix(err.Error(), "zestor: "), err)
-}
-
-// printable makes a name fit for one line of an error message.
-func printable(name string) string {
-	if quoted := fmt.Sprintf("%.100q", name); quoted != `"`+name+`"` {
-		return quoted
-	}
-	return name
 }
