@@ -134,7 +134,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 	if opts.Codec == nil {
 		opts.Codec = JSON{}
 	}
-	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes, walLimit: maxWAL,
+	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes, room: maxWAL,
 		slots: make(chan struct{}, readers), turn: make(chan struct{}, 1), wake: make(chan struct{}, 1)}
 	if err := e.open(opts.DSN, opts.DisableWAL); err != nil {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", opts.DSN, err))
@@ -247,8 +247,7 @@ type sqliteEngine struct {
 	idle    []*conn    // protected by mu
 	waiting []*request // protected by mu; writes that may share a transaction
 
-	grown    int64 // for whose turn it is: what may have gone into the WAL since it was started
-	walLimit int64 // the same: the size at which to start it anew
+	room int64 // for whose turn it is: what may go into the WAL before restartWAL looks at it
 }
 
 func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
@@ -803,26 +802,31 @@ func (s *sqliteEngine) trim(c *conn) {
 	}
 }
 
-// restartWAL makes the next write begin the write-ahead log anew when it may have become long.
-// SQLite does so by itself only at a moment when nobody reads from it, which overlapping readers
-// never leave; so this keeps the store from writing until the last of them has gone. One try waits
-// at a place in the log that later readers keep taken, so it takes several. If all is in vain, the
-// log may grow to twice the size.
+// restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite does
+// so by itself only at a moment when nobody reads from it, which overlapping readers never leave; so
+// this keeps the store from writing until the last of them has gone. One try waits at a place in the
+// log that later readers keep taken, so it takes several. If all is in vain, the log may grow to twice
+// the size.
 func (s *sqliteEngine) restartWAL(c *conn) {
-	s.grown += 8<<10 + 4<<10*c.changes + 2*c.logged // a change writes whole pages, of the table and of the log
-	if s.grown < s.walLimit || !s.wal {
+	s.room -= 8<<10 + 4<<10*c.changes + 2*c.logged // at most: a change writes whole pages, of the table and of the log
+	if s.room > 0 || !s.wal {
 		return
 	}
-	patience := min(s.busyTimeout/2, 1500*time.Millisecond)
-	for start := time.Now(); time.Since(start) < patience; time.Sleep(lockPoll / 2) { // in which other processes may write
-		restarted := c.value(`PRAGMA wal_checkpoint(RESTART)`) == int64(0) // not busy
-		c.err = nil                                                        // the commit has succeeded
-		if restarted {
-			s.grown, s.walLimit = 0, maxWAL
-			return
+	size := int64(maxWAL)
+	if log := c.exec(`PRAGMA wal_checkpoint`); log != nil { // this waits for nobody, and says how long the log is
+		size = asInt(log[1]) << 12 // frames, of a page each
+	}
+	if s.room = max(maxWAL-size, maxWAL/16); size >= maxWAL {
+		s.room = size
+		patience := min(s.busyTimeout/2, 1500*time.Millisecond)
+		for start := time.Now(); time.Since(start) < patience; time.Sleep(lockPoll / 2) { // in which other processes may write
+			if c.err = nil; c.value(`PRAGMA wal_checkpoint(RESTART)`) == int64(0) { // not busy
+				s.room = maxWAL
+				break
+			}
 		}
 	}
-	s.walLimit = 2 * s.grown
+	c.err = nil // the commit has succeeded
 }
 
 // wait returns after a commit of this store, and every pollInterval for those of others.

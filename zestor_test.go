@@ -8097,6 +8097,37 @@ func TestScanInConstantMemory(t *testing.T) {
 	}
 }
 
+// Only a log that has become long makes a writer wait for readers, however many
+// rows it writes.
+func TestWALShortWaitsForNobody(t *testing.T) {
+	s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: filepath.Join(t.TempDir(), "a.db")})
+	values, round := make(map[string]int), 0
+	write := func() time.Duration {
+		start := time.Now()
+		for range 8 {
+			round++
+			for i := range 3000 {
+				values[fmt.Sprint(i)] = round
+			}
+			check(t, s.SetMany("k", values))
+		}
+		return time.Since(start)
+	}
+	write()
+	alone, beside := write(), time.Duration(0)
+	rwView(t, s, func(tx zestor.Reader[int]) {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			beside = write()
+		}()
+		<-done
+	})
+	if beside > 8*alone { // waiting would make it some 40 times
+		t.Fatalf("the same writes took %v alone, and %v beside a View", alone, beside)
+	}
+}
+
 // TestWALStaysSmall has a writer that never stops and readers that each last
 // no longer than a second, but always overlap, so that there is no moment at
 // which nobody reads the write-ahead log.
