@@ -45,7 +45,7 @@ const (
 	logEnd = `ifnull((SELECT position + length(CAST(kind || key AS BLOB)) + length(value) + 64
 			FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
 	after  = `max(CAST(OLD.version AS INTEGER), 1) + 1`
-	same   = `CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB) AND NEW.revision <= OLD.revision`
+	same   = `NEW.revision <= OLD.revision AND CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB)`
 	repair = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
 			WHERE key = NEW.key AND kind = iif(NEW.revision = last_insert_rowid() AND NEW.version = `
 
@@ -92,7 +92,7 @@ const (
 const (
 	maxCopy      = 16 << 20              // the driver keeps a copy of its arguments; after a longer one the connection is closed
 	readers      = 4                     // connections for short reads; more starve the writer on a small machine
-	pollInterval = 12 * time.Millisecond // at which a watched store looks for the commits of other processes
+	pollInterval = 14 * time.Millisecond // at which a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction
 	maxWAL       = 12 << 20              // see restartWAL
 
@@ -277,10 +277,12 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if err != nil {
 		// Closed last, c would take into the file what a crash left in a WAL; a connection that
 		// only reads leaves it.
-		s.dsn.mode = "ro"
-		if last, err := s.connect(); err == nil && !s.dsn.private() {
-			last.exec("PRAGMA user_version")
-			defer last.Close()
+		if wal, err := os.Stat(s.dsn.path + "-wal"); err == nil && wal.Size() > 0 {
+			s.dsn.mode = "ro"
+			if last, err := s.connect(); err == nil {
+				last.exec("PRAGMA user_version")
+				defer last.Close()
+			}
 		}
 		c.Close()
 	}
@@ -365,7 +367,8 @@ type conn struct {
 	busyTimeout time.Duration
 	args        []driver.NamedValue
 	cursors     int   // rows being read
-	done        bool  // not to be used again
+	done        bool  // not to be kept
+	dead        bool  // given back and not kept
 	err         error // SQLite's first since the connection was borrowed; nothing is run after it
 
 	changes, logged int64 // in this transaction: rows, and bytes
@@ -412,7 +415,7 @@ func (c *conn) retry(fn func() error) error {
 			start = time.Now().Add(-lockPoll)
 		}
 		if time.Since(start) >= c.busyTimeout {
-			return fmt.Errorf("the file stayed locked for longer than BusyTimeout: %w", err)
+			return fmt.Errorf("%w: %w", errLocked, err)
 		}
 	}
 }
@@ -442,6 +445,7 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 		defer func() {
 			rows.Close()
 			c.cursors--
+			c.bury()
 		}()
 		row := make([]driver.Value, len(rows.Columns()))
 		for {
@@ -531,11 +535,19 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 		}
 		s.mu.Unlock()
 		if !keep {
-			c.Close()
+			c.dead = true
+			c.bury()
 		}
 	}()
 	c.err, c.busyTimeout = nil, s.busyTimeout
 	return fn(c)
+}
+
+// bury closes a connection that is not kept, unless an iterator still reads from it.
+func (c *conn) bury() {
+	if c.dead && c.cursors == 0 {
+		c.Close()
+	}
 }
 
 // read needs no slot if it lasts, since others may begin inside.

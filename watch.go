@@ -254,6 +254,9 @@ func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
 				return len(changes) < 256
 			})
 		})
+		if errors.Is(err, errLocked) { // which ends some time
+			err = nil
+		}
 		more := len(changes) > 0 || err != nil
 		since = c.hub.publish(stop, since, err, changes...)
 		if since < 0 || !more && !c.engine.wait(stop) {

@@ -132,8 +132,9 @@ type Writer[T any] interface {
 	// SetFn replaces the value of a key with what fn returns for it, and says whether that was a
 	// change. An absent key is [ErrKeyNotFound]; an error of fn comes back wrapped.
 	//
-	// fn must return a new value and leave what it is given alone: in memory, a pointer or map
-	// changed in place is its own previous value, so nothing would be written or sent.
+	// fn must not call the store. It must return a new value and leave what it is given alone: in
+	// memory, a pointer or map changed in place is its own previous value, so nothing would be
+	// written or sent.
 	//
 	// A counter that starts from nothing is an Update:
 	//
@@ -180,7 +181,7 @@ type Watcher[T any] interface {
 	// broke off, start over with an empty state and [WithInitialReplay].
 	//
 	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what
-	// is then undelivered is dropped.
+	// is then undelivered is dropped, but for a few events that are in the channel already.
 	//
 	// A value that cannot be decoded arrives as an event with everything else, a zero Value, and
 	// Err set; the watch goes on.
@@ -468,54 +469,53 @@ func (r reader[T, V]) GetEntry(kind, key string) (Entry[T], bool, error) {
 }
 
 func (r reader[T, V]) entry(at place, whole bool) (e Entry[T], ok bool, err error) {
-	found, err := query(r, at, func(s snapshot[V]) *Entry[V] { return s.get(at[1], at[2], whole) })
-	if err != nil || found == nil {
-		return e, false, err
-	}
-	e, err = r.c.entryOf(at[0], found)
-	return e, true, err
+	err = r.call(&at, func() error {
+		found, err := r.look(at[1], at[2], whole)
+		if ok = found != nil && err == nil; ok {
+			e, err = r.c.entryOf(found)
+		}
+		return err
+	})
+	return e, ok, err
 }
 
-func (r reader[T, V]) List(kind string, filters ...FilterFunc[T]) (map[string]T, error) {
-	entries, err := r.entries(place{"list", kind}, kind, false)
-	if err != nil {
-		return nil, err
-	}
-	list := make(map[string]T, len(entries))
-	for _, e := range entries {
-		drops := func(keep FilterFunc[T]) bool { return keep != nil && !keep(e.Key, e.Value) }
-		if !slices.ContainsFunc(filters, drops) {
-			list[e.Key] = e.Value
+func (r reader[T, V]) List(kind string, filters ...FilterFunc[T]) (list map[string]T, err error) {
+	err = r.entries(place{"list", kind}, kind, false, func(entries []Entry[T]) {
+		list = make(map[string]T, len(entries))
+		for _, e := range entries {
+			drops := func(keep FilterFunc[T]) bool { return keep != nil && !keep(e.Key, e.Value) }
+			if !slices.ContainsFunc(filters, drops) {
+				list[e.Key] = e.Value
+			}
 		}
-	}
-	return list, nil
+	})
+	return list, err
 }
 
 func (r reader[T, V]) Keys(kind string) ([]string, error) {
 	return query(r, place{"keys", kind}, func(s snapshot[V]) []string { return s.keys(kind) })
 }
 
-func (r reader[T, V]) Values(kind string) ([]Entry[T], error) {
-	return r.entries(place{"values", kind}, kind, true)
+func (r reader[T, V]) Values(kind string) (values []Entry[T], err error) {
+	err = r.entries(place{"values", kind}, kind, true, func(entries []Entry[T]) { values = entries })
+	return values, err
 }
 
 func (r reader[T, V]) Count(kind string) (int, error) {
 	return query(r, place{"count", kind}, func(s snapshot[V]) int { return s.count(kind) })
 }
 
-func (r reader[T, V]) GetAll() (map[string]map[string]T, error) {
-	entries, err := r.entries(place{"getall"}, "", false)
-	if err != nil {
-		return nil, err
-	}
-	all := make(map[string]map[string]T)
-	for _, e := range entries {
-		if all[e.Kind] == nil {
-			all[e.Kind] = make(map[string]T)
+func (r reader[T, V]) GetAll() (all map[string]map[string]T, err error) {
+	err = r.entries(place{"getall"}, "", false, func(entries []Entry[T]) {
+		all = make(map[string]map[string]T)
+		for _, e := range entries {
+			if all[e.Kind] == nil {
+				all[e.Kind] = make(map[string]T)
+			}
+			all[e.Kind][e.Key] = e.Value
 		}
-		all[e.Kind][e.Key] = e.Value
-	}
-	return all, nil
+	})
+	return all, err
 }
 
 func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
@@ -523,7 +523,8 @@ func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 		stopped := false
 		outlived := func() bool { return r.tx != nil && r.tx.done.Load() } // with iter.Pull
 		each := func(e *Entry[V]) bool {
-			stopped = !yield(r.c.entryOf("scan", e))
+			entry, err := r.c.entryOf(e)
+			stopped = !yield(entry, place{"scan", e.Kind, e.Key}.fail(err))
 			return !stopped && !outlived()
 		}
 		err := r.call(&place{"scan", kind}, func() (err error) {
@@ -755,25 +756,27 @@ func (c *core[T, V]) same(prev V, next T, encoded V) bool {
 }
 
 // entryOf decodes a row. With an error it is the entry without its value.
-func (c *core[T, V]) entryOf(op string, r *Entry[V]) (Entry[T], error) {
+func (c *core[T, V]) entryOf(r *Entry[V]) (Entry[T], error) {
 	value, err := c.decode(r.Value)
-	if err != nil {
-		err = place{op, r.Kind, r.Key}.fail(err)
-	}
 	return Entry[T]{r.Kind, r.Key, value, r.Version, r.Revision, r.UpdatedAt}, err
 }
 
 // entries decodes a kind, or all, after giving back what reading it took.
-func (r reader[T, V]) entries(at place, kind string, whole bool) ([]Entry[T], error) {
-	rows, err := query(r, at, func(s snapshot[V]) []Entry[V] { return collect(s, kind, Range{}, whole) })
-	entries := make([]Entry[T], len(rows))
-	for i := 0; i < len(rows) && err == nil; i++ {
-		entries[i], err = r.c.entryOf(at[0], &rows[i])
-	}
-	if err != nil {
-		return nil, err
-	}
-	return entries, nil
+func (r reader[T, V]) entries(at place, kind string, whole bool, use func([]Entry[T])) error {
+	return r.call(&at, func() error {
+		var rows []Entry[V]
+		err := r.read(false, func(s snapshot[V]) { rows = collect(s, kind, Range{}, whole) })
+		entries := make([]Entry[T], len(rows))
+		for i := 0; i < len(rows) && err == nil; i++ {
+			if entries[i], err = r.c.entryOf(&rows[i]); err != nil {
+				at = place{at[0], rows[i].Kind, rows[i].Key}
+			}
+		}
+		if err == nil {
+			use(entries)
+		}
+		return err
+	})
 }
 
 func collect[V any](s snapshot[V], kind string, r Range, whole bool) (rows []Entry[V]) {
@@ -788,7 +791,10 @@ func collect[V any](s snapshot[V], kind string, r Range, whole bool) (rows []Ent
 // of a row; sqlite.org/limits.html, item 1.
 const maxSize = 1_000_000_000 - 1024
 
-var errNilFunc = errors.New("function is nil")
+var (
+	errNilFunc = errors.New("function is nil")
+	errLocked  = errors.New("the file stayed locked for longer than BusyTimeout")
+)
 
 // A place says where an error happened: the operation, and the kind and key as far as it names
 // them.

@@ -1636,6 +1636,21 @@ func TestClose(t *testing.T) {
 			}
 			rwEq(t, rwT(n), 3)
 		},
+		"List": func(t *testing.T, s zestor.Store[string], closing, ending func()) {
+			n := 0
+			s.List("k", func(string, string) bool {
+				if n++; n == 1 {
+					closing()
+					for range 1000 {
+						runtime.Gosched()
+					}
+				}
+				if n == 3 {
+					ending()
+				}
+				return true
+			})
+		},
 		"View": func(t *testing.T, s zestor.Store[string], closing, ending func()) {
 			rwView(t, s, func(tx zestor.Reader[string]) {
 				closing()
@@ -5524,6 +5539,15 @@ func TestFileNoChange(t *testing.T) {
 	check(t, err)
 }
 
+// A refused file has nothing beside it that was not there before.
+func TestFileRefusedLeavesNothing(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	fileStatements(t, path, `PRAGMA journal_mode = WAL`, `PRAGMA user_version = 9`)
+	_, err := fileOpen(path)
+	check(t, fileBad(err, path, "newer"))
+	rwEq(t, rwT(slices.Collect(maps.Keys(fileTree(t, filepath.Dir(path))))), []string{"a.db"})
+}
+
 // A constraint that somebody has added to the table is an error for who breaks
 // it, and no reason to write another key.
 func TestFileUnique(t *testing.T) {
@@ -5821,6 +5845,52 @@ func TestWatchEndsAtOnce(t *testing.T) {
 	if n > 101 {
 		t.Errorf("%d events came, though ctx ended with the 100th", n)
 	}
+}
+
+// Without WAL somebody's lock keeps everybody from reading. A watch waits for
+// its end, however long that takes.
+func TestWatchLockedOut(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: 50 * time.Millisecond})
+	fileOK(t)(s.Set("k", "a", "1"))
+	events, err := s.Watch(t.Context(), "k")
+	check(t, err)
+	db, err := sql.Open("sqlite3", path)
+	check(t, err)
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	for _, q := range []string{`PRAGMA busy_timeout = 5000`, `BEGIN EXCLUSIVE`, `UPDATE zestor_kv SET value = '"2"'`} {
+		_, err := db.Exec(q)
+		check(t, err)
+	}
+	for range 5 { // each waits for BusyTimeout, so that the watch has too
+		_, _, err := s.Get("k", "a")
+		check(t, fileBad(err, "zestor: get k/a", "BusyTimeout"))
+	}
+	_, err = db.Exec(`COMMIT`)
+	check(t, err)
+	rwEq(t, rwT(<-events), zestor.Event[string]{Type: zestor.EventUpdate, Kind: "k", Key: "a", Value: "2", Version: 2, Revision: 2})
+}
+
+// A Scan that outlives its View gives everything back when it ends.
+func TestScanOutlivesView(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	before := rwFiles(t)
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	check(t, s.SetMany("k", map[string]string{"a": "1", "b": "2"}))
+	for range 20 {
+		var stop func()
+		rwView(t, s, func(tx zestor.Reader[string]) {
+			next, end := iter.Pull2(tx.Scan("k", zestor.Range{}))
+			next()
+			stop = end
+		})
+		stop()
+	}
+	fileOK(t)(s.Set("k", "a", "3"))
+	check(t, s.Close())
+	rwEq(t, rwT(rwFiles(t)), before)
+	rwEq(t, rwT(slices.Collect(maps.Keys(fileTree(t, filepath.Dir(path))))), []string{"a.db"})
 }
 
 // A codec that is stuck in one watch holds up nothing else.
