@@ -34,6 +34,12 @@ func (JSON) Unmarshal(data []byte, v any) error { return json.Unmarshal(data, v)
 
 // NewCodec makes a Codec of two functions. Where one is nil, using it is an error.
 func NewCodec(marshal func(v any) ([]byte, error), unmarshal func(data []byte, v any) error) Codec {
+	if marshal == nil {
+		marshal = func(any) ([]byte, error) { return nil, errors.New("codec has no marshal function") }
+	}
+	if unmarshal == nil {
+		unmarshal = func([]byte, any) error { return errors.New("codec has no unmarshal function") }
+	}
 	return funcCodec{marshal, unmarshal}
 }
 
@@ -42,19 +48,8 @@ type funcCodec struct {
 	unmarshal func(data []byte, v any) error
 }
 
-func (c funcCodec) Marshal(v any) ([]byte, error) {
-	if c.marshal == nil {
-		return nil, errors.New("codec has no marshal function")
-	}
-	return c.marshal(v)
-}
-
-func (c funcCodec) Unmarshal(data []byte, v any) error {
-	if c.unmarshal == nil {
-		return errors.New("codec has no unmarshal function")
-	}
-	return c.unmarshal(data, v)
-}
+func (c funcCodec) Marshal(v any) ([]byte, error)      { return c.marshal(v) }
+func (c funcCodec) Unmarshal(data []byte, v any) error { return c.unmarshal(data, v) }
 
 // encoder returns what encodes a T. It never returns nil for a value, since a file tells an empty
 // encoding from none.

@@ -444,8 +444,9 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 		c.cursors++
 		defer func() {
 			rows.Close()
-			c.cursors--
-			c.bury()
+			if c.cursors--; c.cursors == 0 && c.dead {
+				c.Close()
+			}
 		}()
 		row := make([]driver.Value, len(rows.Columns()))
 		for {
@@ -534,20 +535,15 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 			s.idle = append(s.idle, c)
 		}
 		s.mu.Unlock()
-		if !keep {
-			c.dead = true
-			c.bury()
+		if keep {
+			return
+		}
+		if c.dead = true; c.cursors == 0 { // else the iterator does it
+			c.Close()
 		}
 	}()
 	c.err, c.busyTimeout = nil, s.busyTimeout
 	return fn(c)
-}
-
-// bury closes a connection that is not kept, unless an iterator still reads from it.
-func (c *conn) bury() {
-	if c.dead && c.cursors == 0 {
-		c.Close()
-	}
 }
 
 // read needs no slot if it lasts, since others may begin inside.
