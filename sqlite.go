@@ -134,7 +134,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 	if opts.Codec == nil {
 		opts.Codec = JSON{}
 	}
-	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes, room: maxWAL,
+	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes,
 		slots: make(chan struct{}, readers), turn: make(chan struct{}, 1), wake: make(chan struct{}, 1)}
 	if err := e.open(opts.DSN, opts.DisableWAL); err != nil {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", opts.DSN, err))
@@ -247,7 +247,7 @@ type sqliteEngine struct {
 	idle    []*conn    // protected by mu
 	waiting []*request // protected by mu; writes that may share a transaction
 
-	room int64 // for whose turn it is: what may go into the WAL before restartWAL looks at it
+	room int64 // for whose turn it is: what may go into the WAL before restartWAL looks how long it is
 }
 
 func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
@@ -277,7 +277,8 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if err != nil {
 		// Closed last, c would take into the file what a crash left in a WAL; a connection that
 		// only reads leaves it.
-		if wal, err := os.Stat(s.dsn.path + "-wal"); err == nil && wal.Size() > 0 {
+		file, _ := filepath.EvalSymlinks(s.dsn.path)
+		if wal, err := os.Stat(file + "-wal"); err == nil && wal.Size() > 0 {
 			s.dsn.mode = "ro"
 			if last, err := s.connect(); err == nil {
 				last.exec("PRAGMA user_version")
@@ -816,13 +817,13 @@ func (s *sqliteEngine) trim(c *conn) {
 // log that later readers keep taken, so it takes several. If all is in vain, the log may grow to twice
 // the size.
 func (s *sqliteEngine) restartWAL(c *conn) {
-	s.room -= 8<<10 + 4<<10*c.changes + 2*c.logged // at most: a change writes whole pages, of the table and of the log
+	s.room -= 12<<10 + 4<<10*c.changes + 2*c.logged // at most: a change writes whole pages, of the table and of the log
 	if s.room > 0 || !s.wal {
 		return
 	}
 	size := int64(maxWAL)
-	if log := c.exec(`PRAGMA wal_checkpoint`); log != nil { // this waits for nobody, and says how long the log is
-		size = asInt(log[1]) << 12 // frames, of a page each
+	if log := c.exec(`PRAGMA wal_checkpoint`); log != nil && log[0] == int64(0) { // this waits for nobody, and says how long the log is
+		size = asInt(log[1]) * asInt(c.value(`PRAGMA page_size`)) // frames
 	}
 	if s.room = max(maxWAL-size, maxWAL/16); size >= maxWAL {
 		s.room = size

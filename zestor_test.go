@@ -5546,6 +5546,27 @@ func TestFileRefusedLeavesNothing(t *testing.T) {
 	_, err := fileOpen(path)
 	check(t, fileBad(err, path, "newer"))
 	rwEq(t, rwT(slices.Collect(maps.Keys(fileTree(t, filepath.Dir(path))))), []string{"a.db"})
+
+	// What a crash has left in a WAL stays there, also where the path is a link.
+	db, err := sql.Open("sqlite3", path)
+	check(t, err)
+	db.SetMaxOpenConns(1)
+	_, err = db.Exec(`CREATE TABLE other (a)`)
+	check(t, err)
+	dir := t.TempDir()
+	for name, data := range fileTree(t, filepath.Dir(path)) {
+		check(t, os.WriteFile(filepath.Join(dir, name), []byte(data), 0o600))
+	}
+	check(t, db.Close())
+	check(t, os.Remove(filepath.Join(dir, "a.db-shm")))
+	before := fileTree(t, dir)
+	link := filepath.Join(t.TempDir(), "link.db")
+	check(t, os.Symlink(filepath.Join(dir, "a.db"), link))
+	for _, name := range []string{link, filepath.Join(dir, "a.db")} {
+		_, err = fileOpen(name)
+		check(t, fileBad(err, name, "no zestor_kv"))
+		fileSame(t, dir, before)
+	}
 }
 
 // A constraint that somebody has added to the table is an error for who breaks
@@ -8195,6 +8216,42 @@ func TestWALShortWaitsForNobody(t *testing.T) {
 	})
 	if beside > 8*alone { // waiting would make it some 40 times
 		t.Fatalf("the same writes took %v alone, and %v beside a View", alone, beside)
+	}
+}
+
+// Stores that are open for a moment only see to the WAL too.
+func TestWALOfShortStores(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	o := zestor.SQLiteOptions[int]{DSN: "file:" + path + "?_synchronous=NORMAL"}
+	s := openSQLite(t, o)
+	ctx, stop := context.WithCancel(t.Context())
+	var group sync.WaitGroup
+	for range 2 {
+		group.Go(func() {
+			for ctx.Err() == nil { // overlapping
+				rwView(t, s, func(tx zestor.Reader[int]) {
+					rwErr(tx.Revision())
+					time.Sleep(50 * time.Millisecond)
+				})
+				time.Sleep(time.Millisecond)
+			}
+		})
+	}
+	most := int64(0)
+	for range 20 {
+		w := openSQLite(t, o)
+		for i := range 500 {
+			fileOK(t)(w.Set("k", fmt.Sprint(i), int(most)+i))
+		}
+		check(t, w.Close())
+		info, err := os.Stat(path + "-wal")
+		check(t, err)
+		most = max(most, info.Size())
+	}
+	stop()
+	group.Wait()
+	if most > 16<<20 {
+		t.Errorf("the WAL grew to %d bytes", most)
 	}
 }
 
