@@ -229,17 +229,22 @@ func (t *memTx[T]) history(since int64, _ func(*Event[T]) bool) error {
 	return nil
 }
 
-func (t *memTx[T]) put(kind string, keys []string, values []T, anew bool) {
+func (t *memTx[T]) put(kind, key string, value T, version int64) {
+	what := EventUpdate
+	if version == 1 {
+		what = EventCreate
+	}
+	r := &memRow[T]{value, version, t.newest + 1, time.Now().UnixMilli()}
+	t.change(what, r.entry(kind, key), r)
+}
+
+func (t *memTx[T]) putMany(kind string, keys []string, values []T) {
 	for i, key := range keys {
-		what, version := EventCreate, int64(1)
-		if old := t.row(kind, key); old != nil {
-			if !anew && t.equal(old.value, values[i]) {
-				continue
-			}
-			what, version = EventUpdate, old.version+1
+		if old := t.row(kind, key); old == nil {
+			t.put(kind, key, values[i], 1)
+		} else if !t.equal(old.value, values[i]) {
+			t.put(kind, key, values[i], old.version+1)
 		}
-		r := &memRow[T]{values[i], version, t.newest + 1, time.Now().UnixMilli()}
-		t.change(what, r.entry(kind, key), r)
 	}
 }
 

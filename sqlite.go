@@ -654,36 +654,42 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	return c.err
 }
 
-func (c *conn) put(kind string, keys []string, values [][]byte, anew bool) {
-	update := ` ON CONFLICT (kind, key) DO UPDATE SET value = excluded.value, version = version + 1, updated_at = excluded.updated_at, revision = excluded.revision`
-	if !anew {
-		update += ` WHERE CAST(value AS BLOB) IS NOT excluded.value`
+func (c *conn) put(kind, key string, value []byte, version int64) {
+	sql := `UPDATE zestor_kv SET value = ?3, version = ?4, updated_at = ?5, revision = 1 + ` + newest + ` WHERE kind = ?1 AND key = ?2`
+	if version == 1 {
+		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ifnull(1 + ` + newest + `, 1))`
 	}
+	c.exec(sql, kind, key, value, version, now())
+	c.wrote(1, len(kind)+len(key)+len(value))
+}
+
+func (c *conn) putMany(kind string, keys []string, values [][]byte) {
 	readOnly, revision := c.engine.dsn.readOnly(), c.revision()
 	for n := 0; len(keys) > 0 && c.err == nil; keys, values = keys[n:], values[n:] {
 		if n = 32; len(keys) < n || readOnly { // rows a statement, but few different statements
 			n = 1
 		}
-		if readOnly && !anew { // SQLite refuses even a write of nothing
+		if readOnly { // SQLite refuses even a write of nothing
 			if old := c.get(kind, keys[0], false); old != nil && bytes.Equal(old.Value, values[0]) {
 				continue
 			}
 		}
-		args := []driver.Value{kind, time.Now().UTC().Format("2006-01-02T15:04:05.000Z")}
-		before, size := revision, 0
+		args, size := []driver.Value{kind, now()}, 0
 		for i, key := range keys[:n] {
-			revision++
-			args = append(args, key, values[i], revision)
+			args = append(args, key, values[i], revision+1+int64(i))
 			size += len(kind) + len(key) + len(values[i])
 		}
 		c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?1, ?3, ?, ?2, ?)`+
-			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+update, args...)
-		if !anew { // equal values took no revision, and the trigger has put the others right
-			revision = c.revision()
-		}
+			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+` ON CONFLICT (kind, key) DO UPDATE
+			SET value = excluded.value, version = version + 1, updated_at = excluded.updated_at, revision = excluded.revision
+			WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
+		before := revision
+		revision = c.revision() // equal values took none, and a trigger has put the others right
 		c.wrote(revision-before, size)
 	}
 }
+
+func now() string { return time.Now().UTC().Format("2006-01-02T15:04:05.000Z") }
 
 func (c *conn) remove(old *Entry[[]byte]) {
 	c.exec(`DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)

@@ -315,9 +315,8 @@ type snapshot[V any] interface {
 // transaction is a snapshot that can be changed. A write takes the next revision.
 type transaction[V any] interface {
 	snapshot[V]
-	// put stores values under keys, but for those that are there already, unless it is to store
-	// them anew.
-	put(kind string, keys []string, values []V, anew bool)
+	put(kind, key string, value V, version int64)
+	putMany(kind string, keys []string, values []V) // but for those that are there already
 	remove(old *Entry[V])
 }
 
@@ -640,17 +639,22 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 		}
 		return w.write(false, func(t transaction[V]) error {
 			if w.c.options.CompareFn == nil {
-				t.put(kind, keys, encoded, false)
+				t.putMany(kind, keys, encoded)
 				return nil
 			}
-			changes := 0
-			for i, key := range keys { // all before anything is written, since CompareFn may panic
-				if old := t.get(kind, key, true); old == nil || !w.c.same(old.Value, values[key], encoded[i]) {
-					keys[changes], encoded[changes] = key, encoded[i]
-					changes++
+			versions := make([]int64, len(keys))
+			for i, key := range keys { // before anything is written, since CompareFn may panic
+				if old := t.get(kind, key, true); old == nil {
+					versions[i] = 1
+				} else if !w.c.same(old.Value, values[key], encoded[i]) {
+					versions[i] = old.Version + 1
 				}
 			}
-			t.put(kind, keys[:changes], encoded[:changes], true)
+			for i, key := range keys {
+				if versions[i] > 0 {
+					t.put(kind, key, encoded[i], versions[i])
+				}
+			}
 			return nil
 		})
 	})
@@ -737,7 +741,7 @@ func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want 
 	case old != nil && c.same(old.Value, value, v):
 		return 0, revision, nil
 	}
-	t.put(kind, []string{key}, []V{v}, true)
+	t.put(kind, key, v, version+1)
 	if want != nil {
 		if now := t.get(kind, key, true); now != nil {
 			revision = now.Revision
