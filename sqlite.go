@@ -602,13 +602,14 @@ func (c *conn) scan(kind string, r Range, whole bool, each func(*Entry[[]byte]) 
 	if !bounded {
 		args[2] = []byte{} // SQLite sorts every blob behind every text
 	}
-	switch {
-	case kind == "":
+	order := ` ORDER BY key LIMIT ?`
+	if r.Descending {
+		order = ` ORDER BY key DESC LIMIT ?`
+	}
+	if kind == "" {
 		sql, args = `SELECT kind, key, `+sql, nil
-	case r.Descending:
-		sql = `SELECT NULL, key, ` + sql + ` WHERE kind = ? AND key >= ? AND key < ? ORDER BY key DESC LIMIT ?`
-	default:
-		sql = `SELECT NULL, key, ` + sql + ` WHERE kind = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?`
+	} else {
+		sql = `SELECT NULL, key, ` + sql + ` WHERE kind = ? AND key >= ? AND key < ?` + order
 	}
 	var e Entry[[]byte]
 	for v := range c.rows(sql, args...) {
