@@ -829,7 +829,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 		return
 	}
 	size := int64(maxWAL)
-	if log := c.exec(`PRAGMA wal_checkpoint`); log != nil && log[0] == int64(0) { // this waits for nobody, and says how long the log is
+	if log := c.exec(`PRAGMA wal_checkpoint(NOOP)`); log != nil && log[0] == int64(0) { // only says how long the log is
 		size = asInt(log[1]) * asInt(c.value(`PRAGMA page_size`)) // frames
 	}
 	if s.room = max(maxWAL-size, maxWAL/16); size >= maxWAL {
