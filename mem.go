@@ -14,10 +14,10 @@ import (
 // Without a CompareFn values are equal if reflect.DeepEqual says so. View and Update hold the
 // store's lock while their function runs.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
-	e := &memEngine[T]{kinds: make(map[string]*memKind[T]), equal: equality[T]()}
+	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
 	encode := func(_, _ string, value T) (T, error) { return value, nil }
 	decode := func(value T) (T, error) { return value, nil }
-	c := newCore(e, opts, encode, decode, e.equal)
+	c := newCore(e, opts, encode, decode, equality[T]())
 	e.hub = &c.hub
 	return &memStore[T]{c, e}
 }
@@ -77,8 +77,7 @@ func (s *memStore[T]) Set(kind, key string, value T) (SetResult, error) {
 
 // memEngine is a map of kinds behind a mutex.
 type memEngine[T any] struct {
-	hub   *hub[T, T] // gets events while mu is locked, so that they come in the order of writes
-	equal func(a, b T) bool
+	hub *hub[T, T] // gets events while mu is locked, so that they come in the order of writes
 
 	mu     sync.RWMutex
 	kinds  map[string]*memKind[T] // protected by mu
@@ -236,16 +235,6 @@ func (t *memTx[T]) put(kind, key string, value T, version int64) {
 	}
 	r := &memRow[T]{value, version, t.newest + 1, time.Now().UnixMilli()}
 	t.change(what, r.entry(kind, key), r)
-}
-
-func (t *memTx[T]) putMany(kind string, keys []string, values []T) {
-	for i, key := range keys {
-		if old := t.row(kind, key); old == nil {
-			t.put(kind, key, values[i], 1)
-		} else if !t.equal(old.value, values[i]) {
-			t.put(kind, key, values[i], old.version+1)
-		}
-	}
 }
 
 func (t *memTx[T]) remove(old *Entry[T]) {

@@ -664,6 +664,7 @@ func (c *conn) put(kind, key string, value []byte, version int64) {
 	c.wrote(1, len(kind)+len(key)+len(value))
 }
 
+// putMany puts what is not there already. SQLite compares, in half the time.
 func (c *conn) putMany(kind string, keys []string, values [][]byte) {
 	readOnly, revision := c.engine.dsn.readOnly(), c.revision()
 	for n := 0; len(keys) > 0 && c.err == nil; keys, values = keys[n:], values[n:] {

@@ -316,7 +316,6 @@ type snapshot[V any] interface {
 type transaction[V any] interface {
 	snapshot[V]
 	put(kind, key string, value V, version int64)
-	putMany(kind string, keys []string, values []V) // but for those that are there already
 	remove(old *Entry[V])
 }
 
@@ -638,8 +637,8 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 			return nil
 		}
 		return w.write(false, func(t transaction[V]) error {
-			if w.c.options.CompareFn == nil {
-				t.putMany(kind, keys, encoded)
+			if bulk, ok := t.(interface{ putMany(string, []string, []V) }); ok && w.c.options.CompareFn == nil {
+				bulk.putMany(kind, keys, encoded)
 				return nil
 			}
 			versions := make([]int64, len(keys))
