@@ -120,10 +120,6 @@ func (e *memEngine[T]) read(_ bool, fn func(snapshot[T]) error) error {
 	return fn(&memTx[T]{memEngine: e})
 }
 
-func (e *memEngine[T]) streams() bool { return false }
-
-func (e *memEngine[T]) wait(<-chan struct{}) bool { return false }
-
 func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -140,7 +140,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", opts.DSN, err))
 	}
 	c := newCore(e, opts.StoreOptions, encoder[T](opts.Codec), decoder[T](opts.Codec), bytes.Equal)
-	c.hub.tails = true
+	c.streams, c.wait, c.hub.tail = e.wal, e.wait, c.tail
 	return c, nil
 }
 
@@ -558,8 +558,6 @@ func (s *sqliteEngine) read(lasts bool, fn func(snapshot[[]byte]) error) error {
 		return c.transaction("BEGIN", func() error { return fn(c) })
 	})
 }
-
-func (s *sqliteEngine) streams() bool { return s.wal }
 
 // The columns of an entry, or of its value alone.
 const (

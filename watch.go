@@ -151,7 +151,7 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 	}
 	err := c.engine.read(true, func(s snapshot[V]) error {
 		// From here on the hub hands over every change that is not in s, whose first read this is.
-		c.hub.add(w, s.revision, c.tail)
+		c.hub.add(w, s.revision)
 		synced.Revision = w.from
 		switch {
 		case s.failure() != nil:
@@ -259,7 +259,7 @@ func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
 		}
 		more := len(changes) > 0 || err != nil
 		since = c.hub.publish(stop, since, err, changes...)
-		if since < 0 || !more && !c.engine.wait(stop) {
+		if since < 0 || !more && !c.wait(stop) {
 			return
 		}
 	}
@@ -269,9 +269,9 @@ func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
 // may be held when mu is taken, never the other way round; mu may be held when a watch's mu is
 // taken.
 type hub[T, V any] struct {
-	running sync.WaitGroup // watches and tails
-	watched atomic.Bool    // whether there are watches
-	tails   bool           // whether changes come from a tail
+	running sync.WaitGroup                          // watches and tails
+	watched atomic.Bool                             // whether there are watches
+	tail    func(since int64, stop <-chan struct{}) // where changes come from; nil: from the writers
 
 	mu      sync.Mutex     // held while publishing, so that events stay in order
 	watches []*watch[T, V] // protected by mu
@@ -280,16 +280,16 @@ type hub[T, V any] struct {
 
 // add makes w receive every change after the revision that now returns. The first watch starts a
 // tail there.
-func (h *hub[T, V]) add(w *watch[T, V], now func() int64, tail func(since int64, stop <-chan struct{})) {
+func (h *hub[T, V]) add(w *watch[T, V], now func() int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	w.from = now()
 	h.watches = append(h.watches, w)
 	h.watched.Store(true)
-	if h.tails && h.stop == nil {
+	if h.tail != nil && h.stop == nil {
 		h.stop = make(chan struct{})
 		h.running.Add(1)
-		go tail(w.from, h.stop)
+		go h.tail(w.from, h.stop)
 	}
 }
 

@@ -323,13 +323,9 @@ type transaction[V any] interface {
 type engine[V any] interface {
 	// read is for one call on the snapshot, or, if it lasts, for any number.
 	read(lasts bool, fn func(snapshot[V]) error) error
-	// streams says that a read that lasts is in nobody's way.
-	streams() bool
 	// write commits if fn returns nil. A shared fn runs no callbacks: another caller's goroutine
 	// may run it, in one transaction with others.
 	write(shared bool, fn func(transaction[V]) error) error
-	// wait returns true when there may be more history, and false once stop is closed.
-	wait(stop <-chan struct{}) bool
 	close() error
 }
 
@@ -342,6 +338,8 @@ type core[T, V any] struct {
 	encode  func(kind, key string, value T) (V, error) // runs the codec
 	decode  func(V) (T, error)                         // runs the codec
 	equal   func(prev, next V) bool                    // without CompareFn
+	wait    func(stop <-chan struct{}) bool            // for more history, or, false, for stop
+	streams bool                                       // a read that lasts is in nobody's way
 	hub     hub[T, V]
 	open    sync.RWMutex // read-locked by each call; Close locks it for good
 	closing sync.Once
@@ -529,7 +527,7 @@ func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 			switch {
 			case rg.Limit < 0:
 				err = fmt.Errorf("negative limit %d", rg.Limit)
-			case r.c.engine.streams() && (r.tx == nil || r.tx.change == nil):
+			case r.c.streams && (r.tx == nil || r.tx.change == nil):
 				err = r.read(true, func(s snapshot[V]) { s.scan(kind, rg, true, each) })
 			default:
 				var rows []Entry[V]
