@@ -123,15 +123,13 @@ func (e *memEngine[T]) read(_ bool, fn func(snapshot[T]) error) error {
 func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	t := memTx[T]{memEngine: e, watched: e.hub.watched.Load()}
+	t := memTx[T]{memEngine: e}
 	defer t.rollback() // also after a panic or Goexit
 	if err := fn(&t); err != nil {
 		return err
 	}
 	t.undo = nil
-	if len(t.changes) > 0 {
-		e.hub.publish(nil, 0, nil, t.changes...)
-	}
+	e.hub.publish(nil, 0, nil, t.changes...)
 	return nil
 }
 
@@ -145,7 +143,6 @@ func (e *memEngine[T]) close() error {
 // memTx is a transaction, or just a snapshot. The engine is locked.
 type memTx[T any] struct {
 	*memEngine[T]
-	watched bool
 	undo    []func()
 	changes []*Event[T] // while somebody watches
 }
@@ -244,7 +241,7 @@ func (t *memTx[T]) change(what EventType, e Entry[T], r *memRow[T]) {
 	old := t.replace(e.Kind, e.Key, r)
 	t.undo = append(t.undo, func() { t.replace(e.Kind, e.Key, old) })
 	t.newest++
-	if t.watched {
+	if t.hub.watched.Load() {
 		t.changes = append(t.changes, e.event(what))
 	}
 }
