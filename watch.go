@@ -175,20 +175,15 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 func (c *core[T, V]) deliver(w *watch[T, V]) {
 	ended := false
 	defer func() {
-		p := recover()
-		switch {
-		case ended:
-			w.cancel()
-			c.hub.remove(w)
-			close(w.ch)
-			c.hub.running.Done()
+		if !ended {
+			w.failure = fmt.Errorf("codec panicked or called Goexit: %v", recover())
+			go c.deliver(w)
 			return
-		case p != nil:
-			w.failure = fmt.Errorf("codec panicked: %v", p)
-		default:
-			w.failure = errors.New("codec called Goexit")
 		}
-		go c.deliver(w)
+		w.cancel()
+		c.hub.remove(w)
+		close(w.ch)
+		c.hub.running.Done()
 	}()
 	var ev Event[T] // the first in queue, if it is decoded
 	decoded, sent := false, false
