@@ -138,10 +138,6 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 // begin adds w to the hub and queues its replay, which is held in memory so that no consumer can
 // hold up a snapshot, and with it SQLite's write-ahead log.
 func (c *core[T, V]) begin(w *watch[T, V]) error {
-	synced := &Event[V]{Type: EventSynced, Kind: w.kind}
-	if w.initial || w.resume {
-		w.queue = []*Event[V]{synced}
-	}
 	var past []*Event[V]
 	replay := func(ev *Event[V]) bool {
 		if w.wants(ev) {
@@ -152,7 +148,6 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 	err := c.engine.read(true, func(s snapshot[V]) error {
 		// From here on the hub hands over every change that is not in s, whose first read this is.
 		c.hub.add(w, s.revision)
-		synced.Revision = w.from
 		switch {
 		case s.failure() != nil:
 		case w.resume && w.since > w.from:
@@ -164,6 +159,9 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		}
 		return s.failure()
 	})
+	if w.initial || w.resume {
+		past = append(past, &Event[V]{Type: EventSynced, Kind: w.kind, Revision: w.from})
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.queue = append(past, w.queue...)
