@@ -317,8 +317,6 @@ func isPlain(t reflect.Type) bool {
 			}
 		}
 		return true
-	case reflect.String:
-		return true
 	}
-	return t.Kind() >= reflect.Bool && t.Kind() <= reflect.Complex128
+	return t.Kind() == reflect.String || t.Kind() >= reflect.Bool && t.Kind() <= reflect.Complex128
 }
