@@ -316,7 +316,7 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 	if disableWAL || s.dsn.readOnly() {
 		mode = "PRAGMA journal_mode"
 	}
-	s.wal = err == nil && asText(c.value(mode)) == "wal" // a file that is in use, or can't have a WAL, keeps its mode
+	s.wal = err == nil && as[string](c.value(mode)) == "wal" // a file that is in use, or can't have a WAL, keeps its mode
 	return err
 }
 
@@ -325,7 +325,7 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 func (c *conn) inspect() (script string, err error) {
 	table, known, others := "", 0, 0
 	for v := range c.rows(`SELECT sql || ';' FROM sqlite_schema WHERE sql IS NOT NULL`) {
-		switch sql := asText(v[0]); {
+		switch sql := as[string](v[0]); {
 		case sql == createTable:
 			table = sql
 		case strings.Contains(createLog, sql):
@@ -334,12 +334,12 @@ func (c *conn) inspect() (script string, err error) {
 			others++
 		}
 	}
-	version := asInt(c.value(`PRAGMA user_version`))
+	version := as[int64](c.value(`PRAGMA user_version`))
 	if c.err == nil && version == schemaVersion && known == schemaObjects && table != "" {
 		return "", nil // most files need no closer look, for which SQLite takes its time
 	}
-	encoding := asText(c.value(`PRAGMA encoding`))
-	columns := asText(c.value(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
+	encoding := as[string](c.value(`PRAGMA encoding`))
+	columns := as[string](c.value(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
 	switch {
 	case c.err != nil:
 		return "", c.err
@@ -431,7 +431,7 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 		c.args = c.args[:0]
 		for i, arg := range args {
 			c.args = append(c.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
-			c.done = c.done || len(asBytes(arg))+len(asText(arg)) > maxCopy
+			c.done = c.done || len(as[[]byte](arg))+len(as[string](arg)) > maxCopy
 		}
 		var rows driver.Rows
 		c.err = c.retry(func() (err error) {
@@ -502,9 +502,7 @@ func (c *conn) transaction(begin string, fn func() error) (err error) {
 }
 
 // A damaged or hand-made file may hold other types than the schema says.
-func asInt(v driver.Value) int64    { n, _ := v.(int64); return n }
-func asText(v driver.Value) string  { text, _ := v.(string); return text }
-func asBytes(v driver.Value) []byte { data, _ := v.([]byte); return data }
+func as[T any](v driver.Value) T { t, _ := v.(T); return t }
 
 // borrow lends fn a connection, to write if it is fn's turn.
 func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
@@ -566,12 +564,12 @@ const (
 )
 
 func entryOf(kind, key string, v []driver.Value) Entry[[]byte] {
-	e := Entry[[]byte]{Kind: kind, Key: key, Value: asBytes(v[0])}
+	e := Entry[[]byte]{Kind: kind, Key: key, Value: as[[]byte](v[0])}
 	if len(v) == 1 {
 		return e
 	}
-	e.Version, e.Revision = max(1, asInt(v[1])), asInt(v[2])
-	if at, err := time.Parse(time.RFC3339Nano, asText(v[3])); err == nil {
+	e.Version, e.Revision = max(1, as[int64](v[1])), as[int64](v[2])
+	if at, err := time.Parse(time.RFC3339Nano, as[string](v[3])); err == nil {
 		e.UpdatedAt = at.UTC().Truncate(time.Millisecond)
 	}
 	return e
@@ -611,7 +609,7 @@ func (c *conn) scan(kind string, r Range, whole bool, each func(*Entry[[]byte]) 
 	}
 	var e Entry[[]byte]
 	for v := range c.rows(sql, args...) {
-		e = entryOf(cmp.Or(kind, asText(v[0])), asText(v[1]), v[2:])
+		e = entryOf(cmp.Or(kind, as[string](v[0])), as[string](v[1]), v[2:])
 		if !each(&e) {
 			break
 		}
@@ -621,16 +619,16 @@ func (c *conn) scan(kind string, r Range, whole bool, each func(*Entry[[]byte]) 
 func (c *conn) keys(kind string) []string {
 	keys := []string{}
 	for v := range c.rows(`SELECT key FROM zestor_kv WHERE kind = ? ORDER BY key`, kind) {
-		keys = append(keys, asText(v[0]))
+		keys = append(keys, as[string](v[0]))
 	}
 	return keys
 }
 
 func (c *conn) count(kind string) int {
-	return int(asInt(c.value(`SELECT count(*) FROM zestor_kv WHERE kind = ?`, kind)))
+	return int(as[int64](c.value(`SELECT count(*) FROM zestor_kv WHERE kind = ?`, kind)))
 }
 
-func (c *conn) revision() int64 { return asInt(c.value(`SELECT max(revision) FROM zestor_log`)) }
+func (c *conn) revision() int64 { return as[int64](c.value(`SELECT max(revision) FROM zestor_log`)) }
 
 func (c *conn) failure() error { return c.err }
 
@@ -641,8 +639,8 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 		return cmp.Or(c.err, c.engine.moved())
 	}
 	for v := range c.rows(`SELECT value, version, revision, type, kind, key FROM zestor_log WHERE revision > ? ORDER BY revision`, since) {
-		e := entryOf(asText(v[4]), asText(v[5]), v)
-		ev := e.event(EventType(asText(v[3])))
+		e := entryOf(as[string](v[4]), as[string](v[5]), v)
+		ev := e.event(EventType(as[string](v[3])))
 		if since++; ev.Revision != since || ev.Kind == "" { // the mark of an upgrade has no kind
 			return ErrCompacted
 		}
@@ -810,7 +808,7 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 // written.
 func (s *sqliteEngine) trim(c *conn) {
 	size := c.value(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
-	if asInt(size) > s.historyBytes {
+	if as[int64](size) > s.historyBytes {
 		c.exec(`DELETE FROM zestor_log WHERE revision < (SELECT revision FROM zestor_log WHERE position >= `+logEnd+` - ?
 			OR revision >= min(`+newest+`, ? + (SELECT min(revision) FROM zestor_log)) ORDER BY revision LIMIT 1)`,
 			s.historyBytes-s.historyBytes/16, 256+c.logged/32)
@@ -829,7 +827,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	}
 	size := int64(maxWAL)
 	if log := c.exec(`PRAGMA wal_checkpoint(NOOP)`); log != nil && log[0] == int64(0) { // only says how long the log is
-		size = asInt(log[1]) * asInt(c.value(`PRAGMA page_size`)) // frames
+		size = as[int64](log[1]) * as[int64](c.value(`PRAGMA page_size`)) // frames
 	}
 	if s.room = max(maxWAL-size, maxWAL/16); size >= maxWAL {
 		s.room = size
