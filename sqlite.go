@@ -589,23 +589,21 @@ func (c *conn) get(kind, key string, whole bool) *Entry[[]byte] {
 }
 
 func (c *conn) scan(kind string, r Range, whole bool, each func(*Entry[[]byte]) bool) {
-	sql := valueColumn + ` FROM zestor_kv`
+	columns, order := valueColumn, `key`
 	if whole {
-		sql = entryColumns + ` FROM zestor_kv`
+		columns = entryColumns
+	}
+	if r.Descending {
+		order = `key DESC`
 	}
 	lo, hi, bounded := r.bounds()
 	args := []driver.Value{kind, lo, hi, int64(cmp.Or(r.Limit, -1))}
 	if !bounded {
 		args[2] = []byte{} // SQLite sorts every blob behind every text
 	}
-	order := ` ORDER BY key LIMIT ?`
-	if r.Descending {
-		order = ` ORDER BY key DESC LIMIT ?`
-	}
+	sql := `SELECT NULL, key, ` + columns + ` FROM zestor_kv WHERE kind = ? AND key >= ? AND key < ? ORDER BY ` + order + ` LIMIT ?`
 	if kind == "" {
-		sql, args = `SELECT kind, key, `+sql, nil
-	} else {
-		sql = `SELECT NULL, key, ` + sql + ` WHERE kind = ? AND key >= ? AND key < ?` + order
+		sql, args = `SELECT kind, key, `+columns+` FROM zestor_kv`, nil
 	}
 	var e Entry[[]byte]
 	for v := range c.rows(sql, args...) {
