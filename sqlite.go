@@ -528,16 +528,11 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	}
 	defer func() {
 		s.mu.Lock()
+		defer s.mu.Unlock()
 		// Nobody else may use what an iterator that outlived its View reads.
-		keep := s.dsn.private() || len(s.idle) <= readers && c.cursors == 0 && !c.done
-		if keep {
+		if s.dsn.private() || len(s.idle) <= readers && c.cursors == 0 && !c.done {
 			s.idle = append(s.idle, c)
-		}
-		s.mu.Unlock()
-		if keep {
-			return
-		}
-		if c.dead = true; c.cursors == 0 { // else the iterator does it
+		} else if c.dead = true; c.cursors == 0 { // else the iterator closes it
 			c.Close()
 		}
 	}()
