@@ -135,7 +135,8 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 		opts.Codec = JSON{}
 	}
 	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes,
-		slots: make(chan struct{}, readers), turn: make(chan struct{}, 1), wake: make(chan struct{}, 1)}
+		slots: make(chan struct{}, readers), turn: make(chan struct{}, 1),
+		join: make(chan *request), wake: make(chan struct{}, 1)}
 	if err := e.open(opts.DSN, opts.DisableWAL); err != nil {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", opts.DSN, err))
 	}
@@ -240,12 +241,12 @@ type sqliteEngine struct {
 	file         os.FileInfo   // what the path named when it was opened
 	slots        chan struct{} // holds a token for each short read under way
 	turn         chan struct{} // holds a token while somebody writes
+	join         chan *request // takes writes into the transaction of whose turn it is
 	wake         chan struct{} // holds a token after a commit, for wait
 	gate         sync.RWMutex
 
-	mu      sync.Mutex
-	idle    []*conn    // protected by mu
-	waiting []*request // protected by mu; writes that may share a transaction
+	mu   sync.Mutex
+	idle []*conn // protected by mu
 
 	room int64 // for whose turn it is: what may go into the WAL before restartWAL looks how long it is
 }
@@ -696,74 +697,60 @@ func (c *conn) wrote(changes int64, bytes int) {
 
 // A request is a write that may share a transaction with others.
 type request struct {
-	fn      func(transaction[[]byte]) error
-	arrived time.Time
-	err     error
-	done    chan struct{} // closed after the commit
+	fn   func(transaction[[]byte]) error
+	err  error
+	done chan bool // gets whether it was done, or has to be tried again
 }
 
 // write waits for its turn. Shared writes are group commit: whose turn it is does the work of all
 // that wait, and they return with it.
 func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) error {
-	r := &request{fn: fn, arrived: time.Now()}
+	arrived := time.Now()
 	if !shared {
 		s.turn <- struct{}{}
 		defer func() { <-s.turn }()
-		return s.transact(r.arrived, func(c *conn) error { return fn(c) })
+		return s.transact(arrived, func(c *conn) error { return fn(c) })
 	}
-	r.done = make(chan struct{})
-	s.mu.Lock()
-	s.waiting = append(s.waiting, r)
-	s.mu.Unlock()
+	r := &request{fn: fn, done: make(chan bool, 1)}
 	for {
 		select {
-		case <-r.done:
-			return r.err
+		case s.join <- r:
 		case s.turn <- struct{}{}:
-			s.group()
+			s.group(r, arrived)
 			<-s.turn
+		}
+		if <-r.done {
+			return r.err
 		}
 	}
 }
 
-// group commits waiting requests in one transaction. An error of the commit is everybody's. One of
-// a request itself is only its own: if SQLite refuses a statement of it, the others line up again.
-func (s *sqliteEngine) group() {
-	var group []*request
-	next := func() *request {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if len(s.waiting) == 0 {
-			return nil
-		}
-		r := s.waiting[0]
-		s.waiting[0] = nil // hold no longer than needed
-		s.waiting = s.waiting[1:]
-		group = append(group, r)
-		return r
-	}
-	r := next()
-	if r == nil {
-		return // somebody else did it all
-	}
-	err := s.transact(r.arrived, func(c *conn) error {
-		for r != nil {
+// group commits r and waiting requests in one transaction. An error of the commit is everybody's.
+// One of a request itself is only its own: if SQLite refuses a statement of it, the others line up
+// again.
+func (s *sqliteEngine) group(r *request, arrived time.Time) {
+	group := []*request{r}
+	var refused *request
+	err := s.transact(arrived, func(c *conn) error {
+		for {
 			if r.err = r.fn(c); c.err != nil {
-				s.mu.Lock()
-				s.waiting = append(group[:len(group)-1], s.waiting...)
-				s.mu.Unlock()
-				group = []*request{r}
+				refused = r
 				return c.err
 			}
-			if r = nil; c.logged <= groupBytes {
-				r = next()
+			if c.logged > groupBytes {
+				return nil
+			}
+			select {
+			case r = <-s.join:
+				group = append(group, r)
+			default:
+				return nil
 			}
 		}
-		return nil
 	})
 	for _, r := range group {
 		r.err = cmp.Or(err, r.err)
-		close(r.done)
+		r.done <- refused == nil || r == refused
 	}
 }
 
