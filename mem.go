@@ -124,7 +124,12 @@ func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	t := memTx[T]{memEngine: e}
-	defer t.rollback() // also after a panic or Goexit
+	defer func() { // also after a panic or Goexit
+		for _, undo := range slices.Backward(t.undo) {
+			undo()
+		}
+		t.newest -= int64(len(t.undo))
+	}()
 	if err := fn(&t); err != nil {
 		return err
 	}
@@ -145,13 +150,6 @@ type memTx[T any] struct {
 	*memEngine[T]
 	undo    []func()
 	changes []*Event[T] // while somebody watches
-}
-
-func (t *memTx[T]) rollback() {
-	for _, undo := range slices.Backward(t.undo) {
-		undo()
-	}
-	t.newest -= int64(len(t.undo))
 }
 
 func (t *memTx[T]) get(kind, key string, _ bool) *Entry[T] {
@@ -230,17 +228,14 @@ func (t *memTx[T]) put(kind, key string, value T, version int64) {
 	t.change(what, r.entry(kind, key), r)
 }
 
-func (t *memTx[T]) remove(old *Entry[T]) {
-	gone := *old
-	gone.Revision = t.newest + 1
-	t.change(EventDelete, gone, nil)
-}
+func (t *memTx[T]) remove(old *Entry[T]) { t.change(EventDelete, *old, nil) }
 
 // change is a write that can be undone and watched.
 func (t *memTx[T]) change(what EventType, e Entry[T], r *memRow[T]) {
 	old := t.replace(e.Kind, e.Key, r)
 	t.undo = append(t.undo, func() { t.replace(e.Kind, e.Key, old) })
 	t.newest++
+	e.Revision = t.newest
 	if t.hub.watched.Load() {
 		t.changes = append(t.changes, e.event(what))
 	}
