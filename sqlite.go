@@ -407,14 +407,11 @@ func (s *sqliteEngine) moved() error {
 // retry repeats what fails with SQLITE_BUSY or SQLITE_PROTOCOL, because of another connection's
 // lock.
 func (c *conn) retry(fn func() error) error {
-	for start := (time.Time{}); ; {
+	for start := time.Now(); ; {
 		err := fn()
 		// The driver's type for errors does not exist without cgo.
 		if err == nil || !strings.HasPrefix(err.Error(), "database is locked") && !strings.HasPrefix(err.Error(), "locking protocol") {
 			return err
-		}
-		if start.IsZero() {
-			start = time.Now().Add(-lockPoll)
 		}
 		if time.Since(start) >= c.busyTimeout {
 			return fmt.Errorf("%w: %w", errLocked, err)
