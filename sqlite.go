@@ -317,7 +317,7 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 	if disableWAL || s.dsn.readOnly() {
 		mode = "PRAGMA journal_mode"
 	}
-	s.wal = err == nil && as[string](c.value(mode)) == "wal" // a file that is in use, or can't have a WAL, keeps its mode
+	s.wal = err == nil && as[string](c.value(mode)) == "wal" // a file in use, or that can't have a WAL, keeps its mode
 	return err
 }
 
@@ -478,25 +478,22 @@ func (c *conn) value(sql string, args ...driver.Value) driver.Value {
 }
 
 // transaction commits if fn returns nil.
-func (c *conn) transaction(begin string, fn func() error) (err error) {
+func (c *conn) transaction(begin string, fn func() error) error {
 	if c.exec(begin); c.err != nil {
 		return c.err
 	}
-	committed := false
 	defer func() { // also after a panic or Goexit
-		if !committed {
+		if state, ok := c.Conn.(interface{ AutoCommit() bool }); ok && !state.AutoCommit() {
 			c.err = nil
-			c.exec("ROLLBACK") // SQLite may have done so itself
-			state, ok := c.Conn.(interface{ AutoCommit() bool })
-			c.done = c.done || ok && !state.AutoCommit()
+			c.exec("ROLLBACK")
+			c.done = c.done || c.err != nil
 		}
 	}()
-	if err = fn(); err == nil {
+	err := fn()
+	if err == nil {
 		c.exec("COMMIT")
-		err = c.err
 	}
-	committed = err == nil
-	return err
+	return cmp.Or(err, c.err)
 }
 
 // A damaged or hand-made file may hold other types than the schema says.
@@ -594,7 +591,8 @@ func (c *conn) scan(kind string, r Range, whole bool, each func(*Entry[[]byte]) 
 	if !bounded {
 		args[2] = []byte{} // SQLite sorts every blob behind every text
 	}
-	sql := `SELECT NULL, key, ` + columns + ` FROM zestor_kv WHERE kind = ? AND key >= ? AND key < ? ORDER BY ` + order + ` LIMIT ?`
+	sql := `SELECT NULL, key, ` + columns + ` FROM zestor_kv
+		WHERE kind = ? AND key >= ? AND key < ? ORDER BY ` + order + ` LIMIT ?`
 	if kind == "" {
 		sql, args = `SELECT kind, key, `+columns+` FROM zestor_kv`, nil
 	}
