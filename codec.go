@@ -14,16 +14,14 @@ import (
 // pointer *E, so that protobuf messages work, and a *T otherwise. It may keep data, but must not
 // change it.
 //
-// Marshal should encode equal values alike: without a CompareFn the store takes values for equal
-// whose encodings are equal, and a codec that encodes one value in several ways makes every Set of
-// it an update.
+// Marshal should encode equal values alike: without a CompareFn it is encodings that the store
+// compares, and a codec that encodes one value in several ways makes every Set of it an update.
 type Codec interface {
 	Marshal(v any) ([]byte, error)
 	Unmarshal(data []byte, v any) error
 }
 
-// JSON is the default Codec: encoding/json. It encodes equal values alike, since it sorts the keys
-// of maps.
+// JSON is the default Codec: encoding/json, which encodes equal values alike.
 type JSON struct{}
 
 // Marshal returns the JSON encoding of v.

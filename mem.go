@@ -8,11 +8,8 @@ import (
 	"time"
 )
 
-// NewMemStore returns a store in memory, which keeps nothing after Close. It is for caches, tests
-// and scratch data.
-//
-// Without a CompareFn values are equal if reflect.DeepEqual says so. View and Update hold the
-// store's lock while their function runs.
+// NewMemStore returns a store in memory, for caches, tests and scratch data. It keeps nothing after
+// Close. View and Update hold its lock while their function runs.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
 	encode := func(_, _ string, value T) (T, error) { return value, nil }

@@ -24,8 +24,7 @@
 //
 // # Ownership
 //
-// Values are shared, not copied. A value given to a store, or received from it, must not be
-// modified.
+// Values are shared, not copied: see [Store].
 //
 // # Watching
 //
@@ -41,9 +40,8 @@
 //
 // # Callbacks
 //
-// The functions that a caller hands in (for SetFn, Update and View, filters, validators, comparers,
-// codecs) may run while the store is locked and must not call it: it would wait for itself. One
-// that panics or calls [runtime.Goexit] leaves the store unlocked, unchanged and usable.
+// Functions and codecs handed to a store may run while it is locked and must not call it: it would
+// wait for itself. One that panics or calls [runtime.Goexit] leaves it unlocked, unchanged, usable.
 //
 // # Caveats
 //
@@ -68,8 +66,7 @@ import (
 	"time"
 )
 
-// The errors that callers tell apart with [errors.Is]. Methods return them wrapped in the
-// operation, kind and key.
+// The errors to tell apart with [errors.Is]. They come wrapped in the operation, kind and key.
 var (
 	ErrClosed        = errors.New("zestor: store is closed")                   // any call on a closed store
 	ErrKindRequired  = errors.New("zestor: kind required")                     // a kind is empty
@@ -210,9 +207,8 @@ type Store[T any] interface {
 	// and the error comes back as it is. A call that fails inside changes nothing, and fn may go on
 	// and commit the rest; but after an error of SQLite itself Update fails whatever fn returns.
 	//
-	// tx reads its own writes. fn must not call the store, only tx, on its own goroutine;
-	// afterwards tx returns [ErrTxDone]. No other change's event comes between those of one
-	// transaction.
+	// tx reads its own writes, and obeys the rules of View: fn must not call the store. No other
+	// change's event comes between those of one transaction.
 	Update(fn func(tx ReadWriter[T]) error) error
 
 	// Close waits for calls under way, ends every watch, and leaves no goroutine and no open file
@@ -258,12 +254,10 @@ type FilterFunc[T any] func(key string, value T) bool
 // ValidateFunc says why a value must not be stored, or nil. It must not call the store.
 type ValidateFunc[T any] func(value T) error
 
-// CompareFunc says whether two values are equal, so that nothing is written. It must not call the
-// store.
+// CompareFunc says whether values are equal: then nothing is written. It must not call the store.
 type CompareFunc[T any] func(prev, next T) bool
 
-// StoreOptions are the options that both stores have. The zero value works. The store copies the
-// map.
+// StoreOptions are the options of both stores. The zero value works. The store copies the map.
 type StoreOptions[T any] struct {
 	CompareFn   CompareFunc[T]             // nil: reflect.DeepEqual in memory, equal encodings in SQLite
 	ValidateFns map[string]ValidateFunc[T] // kind -> check, run before anything is written; nil ones are skipped
@@ -299,16 +293,14 @@ type snapshot[V any] interface {
 	// get returns nil if the key is absent. Of entries that are not asked for whole, get and scan
 	// may leave out all but their names and values.
 	get(kind, key string, whole bool) *Entry[V]
-	// scan goes through a range of a kind, or through all kinds where that is "". The entry is
-	// reused.
+	// scan goes through a range of a kind, or through all kinds if that is "", with one entry.
 	scan(kind string, r Range, whole bool, each func(*Entry[V]) bool)
 	keys(kind string) []string
 	count(kind string) int
 	revision() int64
 	// history goes through all changes after since; ErrCompacted says that the next is missing.
 	history(since int64, each func(*Event[V]) bool) error
-	// failure is the first error of any method. What they have returned since means nothing, and
-	// they have done nothing.
+	// failure is the first error of any method. Since then they do nothing; results mean nothing.
 	failure() error
 }
 
@@ -346,8 +338,7 @@ type core[T, V any] struct {
 	repeats atomic.Bool // the last Set changed nothing, so the next may not either
 }
 
-// reader has the methods that the reads of a store and of a transaction share. It is what View
-// hands out: no writer can be made of it.
+// reader reads for a store or a transaction. View hands it out: no writer can be made of it.
 type reader[T, V any] struct {
 	c  *core[T, V]
 	tx *tx[V] // nil: a store
@@ -560,7 +551,7 @@ func (w writer[T, V]) SetIf(kind, key string, value T, revision int64) (int64, e
 	return newRevision, err
 }
 
-// set stores a value, and returns its version, or 0 if nothing changed. For SetIf, want is the
+// set stores a value, and returns its version, or 0 if that is no change. For SetIf, want is the
 // revision to be replaced, and the new one is returned.
 func (w writer[T, V]) set(at place, value T, want *int64) (version, revision int64, err error) {
 	kind, key := at[1], at[2]
@@ -725,8 +716,7 @@ func (c *core[T, V]) check(kind, key string, value T) (v V, err error) {
 	return v, err
 }
 
-// put stores a checked value if want allows it and it is a change. It returns its version, or 0 if
-// it is none, and for SetIf its revision.
+// put is set within a transaction, of a value that has been checked.
 func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (version, revision int64, err error) {
 	old := t.get(kind, key, true)
 	if old != nil {
@@ -797,8 +787,7 @@ var (
 	errLocked  = errors.New("the file stayed locked for longer than BusyTimeout")
 )
 
-// A place says where an error happened: the operation, and the kind and key as far as it names
-// them.
+// A place says where an error happened: the operation, and of kind and key what that names.
 type place []string
 
 func (p place) check() error {
