@@ -702,10 +702,8 @@ func (r reader[T, V]) look(kind, key string, whole bool) (e *Entry[V], err error
 
 // check is what a value has to pass before anything is written.
 func (c *core[T, V]) check(kind, key string, value T) (v V, err error) {
-	if c.nilable {
-		if p := reflect.ValueOf(value); p.Kind() == reflect.Pointer && p.IsNil() {
-			return v, errors.New("value is a nil pointer")
-		}
+	if c.nilable && reflect.ValueOf(value).Kind() == reflect.Pointer && reflect.ValueOf(value).IsNil() {
+		return v, errors.New("value is a nil pointer")
 	}
 	if validate := c.options.ValidateFns[kind]; validate != nil {
 		err = validate(value)
