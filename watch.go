@@ -183,34 +183,32 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 		close(w.ch)
 		c.hub.running.Done()
 	}()
-	var ev Event[T] // the first in queue, if it is decoded
-	decoded, sent := false, false
+	var ev Event[T]      // the first in queue, if it is decoded
+	var ch chan Event[T] // where to send it; nil: it is not
+	sent := false
 	for {
 		w.mu.Lock()
-		if sent || decoded && try(w.ch, ev) {
+		if sent || try(ch, ev) {
 			ended = w.queue[0].Type == EventError
 			w.queue[0] = nil // hold no longer than needed
 			w.queue = w.queue[1:]
-			decoded, sent = false, false
+			ch, sent = nil, false
 		}
 		ended = ended || w.ctx.Err() != nil
-		w.blocked, w.asked = decoded && !ended, false // the queue is right
+		w.blocked, w.asked = ch != nil && !ended, false // the queue is right
 		w.counted.Signal()
 		var next *Event[V]
-		if !decoded && len(w.queue) > 0 {
+		if ch == nil && len(w.queue) > 0 {
 			next = w.queue[0]
 		}
 		w.mu.Unlock()
-		var ch chan Event[T] // nil: nothing to send
 		switch {
 		case ended:
 			return
 		case next != nil:
 			c.decodeEvent(w, next, &ev)
-			decoded = true
-			continue
-		case decoded:
 			ch = w.ch
+			continue
 		}
 		select {
 		case ch <- ev:
