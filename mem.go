@@ -66,8 +66,7 @@ func (s *memStore[T]) Set(kind, key string, value T) (SetResult, error) {
 	s.e.newest++
 	*r = memRow[T]{value, r.version + 1, s.e.newest, time.Now().UnixMilli()}
 	if s.e.hub.watched.Load() {
-		e := r.entry(kind, key)
-		s.e.hub.publish(nil, 0, nil, e.event(EventUpdate))
+		s.e.hub.publish(nil, 0, nil, r.entry(kind, key).event(EventUpdate))
 	}
 	return SetUpdated, nil
 }
@@ -96,8 +95,8 @@ type memRow[T any] struct {
 	millis   int64 // since 1970
 }
 
-func (r *memRow[T]) entry(kind, key string) Entry[T] {
-	return Entry[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
+func (r *memRow[T]) entry(kind, key string) *Entry[T] {
+	return &Entry[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
 }
 
 // memKind is the rows of one kind, and an index of their keys.
@@ -150,12 +149,10 @@ type memTx[T any] struct {
 }
 
 func (t *memTx[T]) get(kind, key string, _ bool) *Entry[T] {
-	r := t.row(kind, key)
-	if r == nil {
-		return nil
+	if r := t.row(kind, key); r != nil {
+		return r.entry(kind, key)
 	}
-	e := r.entry(kind, key)
-	return &e
+	return nil
 }
 
 func (t *memTx[T]) scan(kind string, r Range, _ bool, each func(*Entry[T]) bool) {
@@ -182,8 +179,7 @@ func (t *memTx[T]) scan(kind string, r Range, _ bool, each func(*Entry[T]) bool)
 		if r.Descending {
 			key = keys[len(keys)-1-n]
 		}
-		e := k.rows[key].entry(kind, key)
-		if r.Limit--; !each(&e) || r.Limit == 0 {
+		if r.Limit--; !each(k.rows[key].entry(kind, key)) || r.Limit == 0 {
 			break
 		}
 	}
@@ -225,10 +221,10 @@ func (t *memTx[T]) put(kind, key string, value T, version int64) {
 	t.change(what, r.entry(kind, key), r)
 }
 
-func (t *memTx[T]) remove(old *Entry[T]) { t.change(EventDelete, *old, nil) }
+func (t *memTx[T]) remove(old *Entry[T]) { t.change(EventDelete, old, nil) }
 
 // change is a write that can be undone and watched.
-func (t *memTx[T]) change(what EventType, e Entry[T], r *memRow[T]) {
+func (t *memTx[T]) change(what EventType, e *Entry[T], r *memRow[T]) {
 	old := t.replace(e.Kind, e.Key, r)
 	t.undo = append(t.undo, func() { t.replace(e.Kind, e.Key, old) })
 	t.newest++
