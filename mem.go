@@ -80,13 +80,16 @@ type memEngine[T any] struct {
 	newest int64                  // protected by mu; the revision
 }
 
-// row returns nil if the key is absent.
-func (e *memEngine[T]) row(kind, key string) *memRow[T] {
+// kind returns an empty one for one that is absent.
+func (e *memEngine[T]) kind(kind string) *memKind[T] {
 	if k := e.kinds[kind]; k != nil {
-		return k.rows[key]
+		return k
 	}
-	return nil
+	return &memKind[T]{}
 }
+
+// row returns nil if the key is absent.
+func (e *memEngine[T]) row(kind, key string) *memRow[T] { return e.kind(kind).rows[key] }
 
 type memRow[T any] struct {
 	value    T
@@ -162,10 +165,7 @@ func (t *memTx[T]) scan(kind string, r Range, _ bool, each func(*Entry[T]) bool)
 		}
 		return
 	}
-	k := t.kinds[kind]
-	if k == nil {
-		return
-	}
+	k := t.kind(kind)
 	keys := k.order()
 	lo, hi, bounded := r.bounds()
 	from, _ := slices.BinarySearch(keys, lo)
@@ -186,19 +186,10 @@ func (t *memTx[T]) scan(kind string, r Range, _ bool, each func(*Entry[T]) bool)
 }
 
 func (t *memTx[T]) keys(kind string) []string {
-	keys := []string{}
-	if k := t.kinds[kind]; k != nil {
-		keys = append(keys, k.order()...)
-	}
-	return keys
+	return append([]string{}, t.kind(kind).order()...)
 }
 
-func (t *memTx[T]) count(kind string) int {
-	if k := t.kinds[kind]; k != nil {
-		return len(k.rows)
-	}
-	return 0
-}
+func (t *memTx[T]) count(kind string) int { return len(t.kind(kind).rows) }
 
 func (t *memTx[T]) revision() int64 { return t.newest }
 
@@ -236,9 +227,9 @@ func (t *memTx[T]) change(what EventType, e *Entry[T], r *memRow[T]) {
 
 // replace stores r under a key, or removes the key, and returns what was there.
 func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) {
-	k := e.kinds[kind]
-	if k == nil {
-		k = &memKind[T]{rows: make(map[string]*memRow[T])}
+	k := e.kind(kind)
+	if k.rows == nil {
+		k.rows = make(map[string]*memRow[T])
 		e.kinds[kind] = k
 	}
 	old = k.rows[key]
