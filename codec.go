@@ -75,8 +75,7 @@ func decoder[T any](codec Codec) func([]byte) (T, error) {
 			*value, target = fresh.Convert(t).Interface().(T), fresh.Interface() // T may be a named pointer type
 		}
 		if err := codec.Unmarshal(data, target); err != nil {
-			var none T
-			return none, err
+			return *new(T), err
 		}
 		return *value, nil
 	}

@@ -395,13 +395,11 @@ func (s *sqliteEngine) moved() error {
 		return nil
 	}
 	file, err := os.Stat(s.dsn.path)
-	if err == nil && !os.SameFile(file, s.file) {
-		err = fmt.Errorf("%s is another file", s.dsn.path)
+	if err == nil && os.SameFile(file, s.file) {
+		return nil
 	}
-	if err != nil {
-		return fmt.Errorf("the file was removed or replaced while it was open: %w", err)
-	}
-	return nil
+	err = cmp.Or(err, fmt.Errorf("%s is another file", s.dsn.path))
+	return fmt.Errorf("the file was removed or replaced while it was open: %w", err)
 }
 
 // retry repeats what fails with SQLITE_BUSY or SQLITE_PROTOCOL, because of another connection's
