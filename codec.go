@@ -49,8 +49,7 @@ type funcCodec struct {
 func (c funcCodec) Marshal(v any) ([]byte, error)      { return c.marshal(v) }
 func (c funcCodec) Unmarshal(data []byte, v any) error { return c.unmarshal(data, v) }
 
-// encoder returns what encodes a T. It never returns nil for a value, since a file tells an empty
-// encoding from none.
+// encoder returns what encodes a T, never as nil: a file tells an empty encoding from none.
 func encoder[T any](codec Codec) func(kind, key string, value T) ([]byte, error) {
 	return func(kind, key string, value T) ([]byte, error) {
 		data, err := codec.Marshal(value)

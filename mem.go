@@ -19,8 +19,7 @@ func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	return &memStore[T]{c, e}
 }
 
-// memStore has quick paths of its own for what programs do most. Each does what the core does, or
-// leaves it to the core.
+// memStore has quick paths for what programs do most. Each does what the core does, or calls it.
 type memStore[T any] struct {
 	*core[T, T]
 	e *memEngine[T]
@@ -283,8 +282,7 @@ func equality[T any]() func(a, b T) bool {
 	return func(a, b T) bool { return reflect.DeepEqual(a, b) }
 }
 
-// isPlain says that values of t hold no pointers, interfaces or anything else that DeepEqual looks
-// behind.
+// isPlain says that values of t hold nothing that DeepEqual looks behind, as it does for pointers.
 func isPlain(t reflect.Type) bool {
 	switch t.Kind() {
 	case reflect.Array:

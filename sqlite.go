@@ -101,8 +101,7 @@ const (
 	lockPoll = 10 * time.Millisecond
 )
 
-// SQLiteOptions are the options of a SQLite store. Only DSN is required; a negative number is an
-// error.
+// SQLiteOptions are the options of a SQLite store. DSN is required. Negative numbers are errors.
 type SQLiteOptions[T any] struct {
 	StoreOptions[T]
 	DSN          string        // where the data is, see NewSQLiteStore
@@ -216,8 +215,7 @@ func parseDSN(text string) (d dsn, err error) {
 func (d *dsn) private() bool  { return d.path == "" }
 func (d *dsn) readOnly() bool { return d.mode == "ro" }
 
-// uri is what the driver is given for a connection. No two goroutines use one at once, so it needs
-// no mutex of SQLite's.
+// uri is what the driver is given. A connection has one user at a time: SQLite needs no mutex.
 func (d *dsn) uri() string {
 	params := fmt.Sprintf("?_mutex=no&_stmt_cache_size=32&_synchronous=%s&_busy_timeout=%d", d.synchronous, lockPoll.Milliseconds())
 	if d.private() {
@@ -321,8 +319,7 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 	return err
 }
 
-// inspect returns the SQL that makes the file one of this schema, "" for one that is, and an error
-// for one that can't be.
+// inspect returns the SQL that gives the file this schema, "" if it has it, or why it can't.
 func (c *conn) inspect() (script string, err error) {
 	table, known, others := "", 0, 0
 	for v := range c.rows(`SELECT sql || ';' FROM sqlite_schema WHERE sql IS NOT NULL`) {
@@ -361,8 +358,7 @@ func (c *conn) inspect() (script string, err error) {
 		version, known, schemaObjects, columns)
 }
 
-// conn is one connection, and the state of its transaction or snapshot. One goroutine uses it at a
-// time.
+// conn is a connection, and the state of its transaction or snapshot, for one goroutine at a time.
 type conn struct {
 	driver.Conn
 	engine      *sqliteEngine
@@ -402,8 +398,7 @@ func (s *sqliteEngine) moved() error {
 	return fmt.Errorf("the file was removed or replaced while it was open: %w", err)
 }
 
-// retry repeats what fails with SQLITE_BUSY or SQLITE_PROTOCOL, because of another connection's
-// lock.
+// retry repeats what another connection's lock makes fail: SQLITE_BUSY or SQLITE_PROTOCOL.
 func (c *conn) retry(fn func() error) error {
 	for start := time.Now(); ; {
 		err := fn()

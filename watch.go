@@ -43,8 +43,7 @@ func (e *Entry[V]) event(what EventType) *Event[V] {
 // WatchOption is an option of Watch. A nil one is skipped; of a repeated one the last holds.
 type WatchOption func(*watchOptions)
 
-// DefaultWatchBufferSize is how many undelivered changes a watch may hold unless WithBufferSize
-// says otherwise: a limit, not an allocation.
+// DefaultWatchBufferSize is how many undelivered changes a watch may hold: a limit, no allocation.
 const DefaultWatchBufferSize = 65536
 
 // WithInitialReplay first sends every current entry, as creates in key order with the entry's own
