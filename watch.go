@@ -228,9 +228,7 @@ func (c *core[T, V]) decodeEvent(w *watch[T, V], e *Event[V], ev *Event[T]) {
 	if w.failure = nil; err == nil {
 		ev.Value, err = c.decode(e.Value)
 	}
-	if err != nil {
-		ev.Err = place{"watch", e.Kind, e.Key}.fail(err)
-	}
+	ev.Err = place{"watch", e.Kind, e.Key}.fail(err)
 }
 
 // tail publishes the changes after a revision until stop is closed, or it can't have them.

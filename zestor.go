@@ -622,9 +622,7 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 				return err
 			}
 		}
-		if at = at[:2]; len(keys) == 0 {
-			return nil
-		}
+		at = at[:2]
 		return w.write(false, func(t transaction[V]) error {
 			if bulk, ok := t.(interface{ putMany(string, []string, []V) }); ok && w.c.options.CompareFn == nil {
 				bulk.putMany(kind, keys, encoded)
