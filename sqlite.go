@@ -135,7 +135,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 	}
 	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes,
 		slots: make(chan struct{}, readers), turn: make(chan struct{}, 1),
-		join: make(chan *request), wake: make(chan struct{}, 1)}
+		waiting: make(chan *request, 64), wake: make(chan struct{}, 1)}
 	if err := e.open(opts.DSN, opts.DisableWAL); err != nil {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", opts.DSN, err))
 	}
@@ -239,7 +239,7 @@ type sqliteEngine struct {
 	file         os.FileInfo   // what the path named when it was opened
 	slots        chan struct{} // holds a token for each short read under way
 	turn         chan struct{} // holds a token while somebody writes
-	join         chan *request // takes writes into the transaction of whose turn it is
+	waiting      chan *request // writes that may share a transaction
 	wake         chan struct{} // holds a token after a commit, for wait
 	gate         sync.RWMutex
 
@@ -685,60 +685,64 @@ func (c *conn) wrote(changes int64, bytes int) {
 
 // A request is a write that may share a transaction with others.
 type request struct {
-	fn   func(transaction[[]byte]) error
-	err  error
-	done chan bool // gets whether it was done, or has to be tried again
+	fn      func(*conn) error
+	arrived time.Time
+	err     error
+	done    chan struct{} // closed after the commit
 }
 
 // write waits for its turn. Shared writes are group commit: whose turn it is does the work of all
 // that wait, and they return with it.
 func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) error {
-	arrived := time.Now()
+	r := &request{fn: func(c *conn) error { return fn(c) }, arrived: time.Now()}
 	if !shared {
 		s.turn <- struct{}{}
 		defer func() { <-s.turn }()
-		return s.transact(arrived, func(c *conn) error { return fn(c) })
+		return s.transact(r.arrived, r.fn)
 	}
-	r := &request{fn: fn, done: make(chan bool, 1)}
+	r.done = make(chan struct{})
+	s.waiting <- r
 	for {
 		select {
-		case s.join <- r:
-		case s.turn <- struct{}{}:
-			s.group(r, arrived)
-			<-s.turn
-		}
-		if <-r.done {
+		case <-r.done:
 			return r.err
+		case s.turn <- struct{}{}:
+			s.group()
+			<-s.turn
 		}
 	}
 }
 
-// group commits r and waiting requests in one transaction. An error of the commit is everybody's.
-// One of a request itself is only its own: if SQLite refuses a statement of it, the others line up
-// again.
-func (s *sqliteEngine) group(r *request, arrived time.Time) {
-	group := []*request{r}
-	var refused *request
-	err := s.transact(arrived, func(c *conn) error {
-		for {
-			if r.err = r.fn(c); c.err != nil {
-				refused = r
-				return c.err
-			}
-			if c.logged > groupBytes {
-				return nil
-			}
-			select {
-			case r = <-s.join:
-				group = append(group, r)
-			default:
-				return nil
-			}
+// group commits waiting requests in one transaction. An error of the commit is everybody's. One of
+// a request itself is only its own: if SQLite refuses a statement, each gets its own transaction.
+func (s *sqliteEngine) group() {
+	var group []*request
+	next := func() bool {
+		select {
+		case r := <-s.waiting:
+			group = append(group, r)
+			return true
+		default:
+			return false
 		}
+	}
+	if !next() {
+		return // somebody else did it all
+	}
+	refused := false
+	err := s.transact(group[0].arrived, func(c *conn) error {
+		for more := true; more; more = c.err == nil && c.logged <= groupBytes && next() {
+			r := group[len(group)-1]
+			r.err = r.fn(c)
+		}
+		refused = c.err != nil && len(group) > 1
+		return c.err
 	})
 	for _, r := range group {
-		r.err = cmp.Or(err, r.err)
-		r.done <- refused == nil || r == refused
+		if r.err = cmp.Or(err, r.err); refused {
+			r.err = s.transact(r.arrived, r.fn)
+		}
+		close(r.done)
 	}
 }
 
