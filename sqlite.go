@@ -82,7 +82,7 @@ const (
 	// The last row marks where the history begins. It is no change, so it can't be replayed.
 	upgradeTable = `
 	ALTER TABLE zestor_kv ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
-	UPDATE zestor_kv SET revision = number, version = max(1, CAST(version AS INTEGER)) FROM
+	UPDATE zestor_kv SET revision = number, version = max(1, min(CAST(version AS INTEGER), 1 << 53)) FROM
 		(SELECT kind AS k, key AS y, row_number() OVER (ORDER BY kind, key) AS number FROM zestor_kv)
 		WHERE kind = k AND key = y;
 	DROP INDEX IF EXISTS idx_kv_kind;` + createLog + `;
@@ -119,7 +119,8 @@ type SQLiteOptions[T any] struct {
 // for a private store that ends with Close. The parameters are mode (ro, rw, rwc), immutable,
 // _synchronous or _sync (SQLite's levels; FULL if absent), and _busy_timeout or _timeout in
 // milliseconds; cache is ignored; any other is an error. With mode=ro the file must be a Zestor
-// file of this version, and a write that would change it fails.
+// file of this version, and a write that would change it fails. To read a file in WAL mode, SQLite
+// must be able to write its directory, or be told with immutable=1 that nobody changes the file.
 //
 // Without DisableWAL a file that is not in WAL mode is put there if possible. In the other modes
 // readers and writers wait for each other.
@@ -166,8 +167,9 @@ func parseDSN(text string) (d dsn, err error) {
 		if u.Opaque != "" {
 			u.Path, err = url.PathUnescape(u.Opaque)
 		}
-	} else if strings.Contains(text, "?") {
-		err = fmt.Errorf("a path with a ? is ambiguous: write file:%s for parameters, or file:%s for that very name", text, u.EscapedPath())
+	} else if name, params, ok := strings.Cut(text, "?"); ok {
+		err = fmt.Errorf("a path with a ? is ambiguous: write file:%s?%s for parameters, or file:%s for that very name",
+			(&url.URL{Path: name}).EscapedPath(), params, u.EscapedPath())
 	}
 	params, bad := url.ParseQuery(u.RawQuery)
 	err = cmp.Or(err, bad)
@@ -246,7 +248,9 @@ type sqliteEngine struct {
 	mu   sync.Mutex
 	idle []*conn // protected by mu
 
-	room int64 // for whose turn it is: what may go into the WAL before restartWAL looks how long it is
+	// For whose turn it is.
+	locked bool  // whether the last transaction failed because of a lock
+	room   int64 // what may go into the WAL before restartWAL looks how long it is
 }
 
 func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
@@ -349,6 +353,8 @@ func (c *conn) inspect() (script string, err error) {
 		return "", fmt.Errorf("written by a newer Zestor: its schema has version %d, this program knows %d", version, schemaVersion)
 	case version == schemaVersion && known == schemaObjects && columns == tableColumns:
 		return "", nil
+	case version == 0 && known == schemaObjects && columns == tableColumns:
+		return `PRAGMA user_version = 1`, nil // the shell's .dump leaves it out
 	case version == 0 && columns == "":
 		return createTable + createLog, nil
 	case version == 0 && columns == oldColumns && known == 0:
@@ -400,13 +406,15 @@ func (s *sqliteEngine) moved() error {
 
 // retry repeats what another connection's lock makes fail: SQLITE_BUSY or SQLITE_PROTOCOL.
 func (c *conn) retry(fn func() error) error {
-	for start := time.Now(); ; {
+	for {
+		start := time.Now()
 		err := fn()
 		// The driver's type for errors does not exist without cgo.
-		if err == nil || !strings.HasPrefix(err.Error(), "database is locked") && !strings.HasPrefix(err.Error(), "locking protocol") {
+		if err == nil || err.Error() != "database is locked" && err.Error() != "locking protocol" {
 			return err
 		}
-		if time.Since(start) >= c.busyTimeout {
+		time.Sleep(lockPoll / 10) // for what SQLite does not wait at all
+		if c.busyTimeout -= time.Since(start); c.busyTimeout <= 0 {
 			return fmt.Errorf("%w: %w", errLocked, err)
 		}
 	}
@@ -617,13 +625,16 @@ func (c *conn) failure() error { return c.err }
 func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	// A look that finds nothing must stay cheap even where ANALYZE has made SQLite take the log for
 	// so short that it reads it all.
-	if c.revision() <= since {
+	switch newest := c.revision(); {
+	case c.err != nil || newest == since:
 		return cmp.Or(c.err, c.engine.moved())
+	case newest < since: // somebody has restored an older state
+		return ErrCompacted
 	}
 	for v := range c.rows(`SELECT value, version, revision, type, kind, key FROM zestor_log WHERE revision > ? ORDER BY revision`, since) {
 		e := entryOf(as[string](v[4]), as[string](v[5]), v)
 		ev := e.event(EventType(as[string](v[3])))
-		if since++; ev.Revision != since || ev.Kind == "" { // the mark of an upgrade has no kind
+		if since++; ev.Revision != since || ev.Type == "upgrade" {
 			return ErrCompacted
 		}
 		if !each(ev) {
@@ -757,16 +768,18 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		begin = "BEGIN" // a write that changes nothing needs no more
 	}
 	return s.borrow(true, func(c *conn) error {
-		c.busyTimeout -= time.Since(arrived)
+		if c.busyTimeout -= time.Since(arrived); c.busyTimeout <= 0 && s.locked {
+			return errLocked // as it was for who waited as long
+		}
 		c.changes, c.logged = 0, 0
 		err := c.transaction(begin, func() error {
-			c.busyTimeout = s.busyTimeout
 			if err := fn(c); err != nil || c.changes == 0 {
 				return cmp.Or(err, c.err)
 			}
 			s.trim(c)
 			return c.err
 		})
+		s.locked = errors.Is(err, errLocked)
 		if err == nil && c.changes > 0 {
 			try(s.wake, struct{}{})
 			s.restartWAL(c)

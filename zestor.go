@@ -212,8 +212,8 @@ type Store[T any] interface {
 	Update(fn func(tx ReadWriter[T]) error) error
 
 	// Close waits for calls under way, ends every watch, and leaves no goroutine and no open file
-	// behind. Called again it returns nil, after the first has finished. A callback or the body of
-	// a Scan must not call it.
+	// behind, but that of a Scan which [iter.Pull] holds until it is stopped. Called again it returns
+	// nil, after the first has finished. A callback or the body of a Scan must not call it.
 	Close() error
 }
 

@@ -3089,6 +3089,44 @@ func TestWatchPolls(t *testing.T) {
 	}
 }
 
+// What the shell's .restore puts in place of a watched file's data is another history.
+func TestWatchRestored(t *testing.T) {
+	watchHasShell(t)
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
+	backup := filepath.Join(t.TempDir(), "backup.db")
+	watchFill(t, s, "k", 3)
+	_, err := watchShell(t, path, ".backup "+backup)
+	check(t, err)
+	watchFill(t, s, "k", 3)
+	ch := watchOn(t, s, "k")
+	_, err = watchShell(t, path, ".restore "+backup)
+	check(t, err)
+	watchWant(t, ch, "error r6 compacted", "closed")
+	ch = watchOn(t, s, "k", zestor.WithSince(3))
+	watchNext(t, ch) // EventSynced
+	watchWant(t, ch, watchFill(t, s, "k", 3)...)
+}
+
+// A copy made with .dump goes on where the file was.
+func TestFileDumped(t *testing.T) {
+	watchHasShell(t)
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
+	watchFill(t, s, "k", 10)
+	dump, err := watchShell(t, path, ".dump")
+	check(t, err)
+	copied := filepath.Join(t.TempDir(), "b.db")
+	check(t, fileSQL(copied, dump))
+	b := openSQLite(t, zestor.SQLiteOptions[string]{DSN: copied})
+	fileEqual(t, "state", fmt.Sprint(rwState[string](b)...), fmt.Sprint(rwState[string](s)...))
+	fileEqual(t, "version", fileQuery(t, copied, `PRAGMA user_version`), "1")
+	ch := watchOn(t, b, "k", zestor.WithSince(0))
+	for range 10 {
+		watchNext(t, ch)
+	}
+	watchNext(t, ch) // EventSynced
+	watchWant(t, ch, watchFill(t, b, "k", 1)...)
+}
+
 // watchLog looks into the log by other means.
 func watchLog(t testing.TB, path string) (rows, size, oldest, newest int64) {
 	t.Helper()
@@ -3524,6 +3562,18 @@ func TestFileDSN(t *testing.T) {
 			}
 		})
 	}
+	t.Run("the forms that an error shows work", func(t *testing.T) {
+		for _, path := range []string{"a.db?mode=rwc", "a#b.db?mode=rwc", "100%.db?mode=rwc", "a%20b.db?mode=rwc"} {
+			t.Chdir(t.TempDir())
+			_, err := fileOpen(path)
+			forms := regexp.MustCompile(`file:\S+`).FindAllString(fmt.Sprint(err), -1)
+			fileEqual(t, "forms", len(forms), 2)
+			for i, name := range []string{strings.TrimSuffix(path, "?mode=rwc"), path} {
+				fileOK(t)(fileOpen(strings.TrimSuffix(forms[i], ",")))
+				fileOK(t)(os.Stat(name))
+			}
+		}
+	})
 	deep := strings.Repeat("long/", 60)
 	for _, c := range []struct {
 		name, dsn string
@@ -4008,6 +4058,27 @@ func TestFileUpgrade(t *testing.T) {
 			s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: path})
 			fileOK(t)(s.Watch(t.Context(), "a", zestor.WithSince(0)))
 		})
+		t.Run("odd rows "+mode, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "a.db")
+			check(t, fileSQL(path, `PRAGMA journal_mode = `+mode, fileOld, `INSERT INTO zestor_kv (kind, key, value) VALUES ('', 'a', '1'), (x'6b', 'a', '1')`,
+				`INSERT INTO zestor_kv (kind, key, value, version) VALUES ('k', 'a', '1', 9223372036854775807)`))
+			s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: path})
+			before, _, err := s.GetEntry("k", "a")
+			check(t, err)
+			events, err := s.Watch(t.Context(), "k")
+			check(t, err)
+			fileEqual(t, "result", fmt.Sprint(rwT(s.Set("k", "a", 2))...), fmt.Sprint(rwT(zestor.SetUpdated, nil)...))
+			check(t, fileSQL(path, `UPDATE zestor_kv SET value = '3'`)) // of all three
+			fileOK(t)(s.Set("k", "a", 4))
+			resumed, err := s.Watch(t.Context(), "k", zestor.WithSince(3))
+			check(t, err)
+			for _, ch := range []<-chan zestor.Event[int]{events, resumed} {
+				for i := range 3 {
+					ev, _ := fileNext(t, ch)
+					fileEqual(t, "change", fmt.Sprint(ev.Type, ev.Value, ev.Version-before.Version, ev.Err), fmt.Sprint(zestor.EventUpdate, i+2, i+1, nil))
+				}
+			}
+		})
 		t.Run("failed "+mode, func(t *testing.T) {
 			dir := t.TempDir()
 			path := filepath.Join(dir, "a.db")
@@ -4447,7 +4518,7 @@ func TestFileLocked(t *testing.T) {
 		fileEqual(t, "ok", ok, true)
 	}
 	var group sync.WaitGroup
-	begin, errs := time.Now(), make([]error, 12)
+	begin, errs := time.Now(), make([]error, 400)
 	for i := range errs { // each of many fails after about that time, too
 		group.Go(func() {
 			_, errs[i] = option.SetFn("k", "0002", func(user) (user, error) { return user{Age: rand.Int()}, nil })
@@ -5616,6 +5687,35 @@ func TestFileGroupError(t *testing.T) {
 	if failed > 0 {
 		t.Fatalf("%d good Sets failed", failed)
 	}
+}
+
+// Writes that SQLite refuses, however many, don't keep others from being done.
+func TestFileGroupStarved(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	fileStatements(t, path, `CREATE TRIGGER nope BEFORE INSERT ON zestor_kv WHEN NEW.kind = 'bad' BEGIN SELECT RAISE(ABORT, 'nope'); END`)
+	var bad sync.WaitGroup
+	var stop atomic.Bool
+	for range 64 {
+		bad.Go(func() {
+			for !stop.Load() {
+				if _, err := s.Set("bad", "a", "1"); err == nil {
+					t.Error("a bad Set did not fail")
+					return
+				}
+			}
+		})
+	}
+	fileSoon(t, func() error {
+		defer stop.Store(true)
+		for i := range 30 {
+			if _, err := s.Set("good", "a", fmt.Sprint(i)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	bad.Wait()
 }
 
 // through a symlink the WAL is not limited.
