@@ -12,7 +12,7 @@ import (
 //
 // Marshal is handed the T itself. Unmarshal is handed a pointer to a fresh value: a *E where T is a
 // pointer *E, so that protobuf messages work, and a *T otherwise. It may keep data, but must not
-// change it.
+// change it. Nor may Marshal change what it has returned.
 //
 // Marshal should encode equal values alike: without a CompareFn it is encodings that the store
 // compares, and a codec that encodes one value in several ways makes every Set of it an update.

@@ -763,12 +763,12 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	if err := s.moved(); err != nil {
 		return err
 	}
-	begin := "BEGIN IMMEDIATE"
+	waited, begin := time.Since(arrived), "BEGIN IMMEDIATE"
 	if s.dsn.readOnly() {
 		begin = "BEGIN" // a write that changes nothing needs no more
 	}
 	return s.borrow(true, func(c *conn) error {
-		if c.busyTimeout -= time.Since(arrived); c.busyTimeout <= 0 && s.locked {
+		if c.busyTimeout -= waited; c.busyTimeout <= 0 && s.locked {
 			return errLocked // as it was for who waited as long
 		}
 		c.changes, c.logged = 0, 0
@@ -779,7 +779,7 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 			s.trim(c)
 			return c.err
 		})
-		s.locked = errors.Is(err, errLocked)
+		s.locked = errors.Is(c.err, errLocked)
 		if err == nil && c.changes > 0 {
 			try(s.wake, struct{}{})
 			s.restartWAL(c)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -118,7 +119,7 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 			return ended
 		}
 		w.ctx, w.cancel = context.WithCancel(ctx)
-		w.ch = make(chan Event[T], min(w.limit, 64))
+		w.ch = make(chan Event[T], min(w.limit, 64, 1+16<<10/int(reflect.TypeFor[Event[T]]().Size()))) // at most 16 KiB
 		if err := c.begin(w); err != nil {
 			w.cancel()
 			c.hub.remove(w)

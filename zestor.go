@@ -48,7 +48,7 @@
 // There is one writer at a time. A Scan or View that takes long keeps SQLite from reusing its
 // write-ahead log, which grows meanwhile, and may hold up a writer for a second or so. A watch
 // keeps in memory what it is yet to replay. Whoever stops reading its channel should end its
-// context. Of floats, 0 and -0 are equal in memory and have different encodings.
+// context. Of floats, 0 equals -0 in memory, and NaN not itself; their encodings may say otherwise.
 package zestor
 
 import (
@@ -792,7 +792,7 @@ func (p place) check() error {
 		return ErrKindRequired
 	case len(p) > 2 && p[2] == "":
 		return ErrKeyRequired
-	case len(p) > 1 && len(p[1])+len(p[len(p)-1]) > maxSize:
+	case len(p) > 1 && len(p[1])+(len(p)-2)*len(p[len(p)-1]) > maxSize:
 		return errors.New("kind and key are too long")
 	}
 	return nil
@@ -803,11 +803,21 @@ func (p place) fail(err error) error {
 	if err == nil {
 		return nil
 	}
-	text := "zestor: " + p[0]
-	for i, name := range p[1:] {
-		quoted := fmt.Sprintf("%.100q", name) // fits one line
+	return &failure{p, err}
+}
+
+type failure struct {
+	place place
+	cause error
+}
+
+func (f *failure) Unwrap() error { return f.cause }
+
+func (f *failure) Error() string {
+	text := "zestor: " + f.place[0]
+	for i, name := range f.place[1:] {
+		quoted := fmt.Sprintf("%.500q", name) // fits one line
 		text += " /"[i:i+1] + quoted[1:len(quoted)-1]
 	}
-	// The cause is wrapped, but of its text only what follows its own prefix is shown.
-	return fmt.Errorf("%s: %s%.0w", text, strings.TrimPrefix(err.Error(), "zestor: "), err)
+	return text + ": " + strings.TrimPrefix(f.cause.Error(), "zestor: ")
 }

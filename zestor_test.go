@@ -931,6 +931,29 @@ func rwChange(t testing.TB, w zestor.Writer[string]) {
 	rwEq(t, rwT(w.Delete("m", "a")), true, "1", nil)
 }
 
+// oddError prints itself, as errors of some packages do, and has no text where it is nil.
+type oddError struct{ text string }
+
+func (e *oddError) Error() string              { return e.text }
+func (e *oddError) Format(f fmt.State, _ rune) { io.WriteString(f, e.text) }
+
+func TestOddErrors(t *testing.T) {
+	refuse := func(string) error { return &oddError{"email required"} }
+	eachWith(t, zestor.StoreOptions[string]{ValidateFns: map[string]zestor.ValidateFunc[string]{"users": refuse}}, func(t *testing.T, s zestor.Store[string]) {
+		_, err := s.Set("users", "alice", "a")
+		if odd := (*oddError)(nil); err == nil || err.Error() != "zestor: set users/alice: email required" || !errors.As(err, &odd) {
+			t.Error(err)
+		}
+		null := error((*oddError)(nil)) // not a nil error
+		if err := s.Update(func(zestor.ReadWriter[string]) error { return null }); err != null {
+			t.Error(err)
+		}
+		if err := s.View(func(zestor.Reader[string]) error { return null }); err != null {
+			t.Error(err)
+		}
+	})
+}
+
 func TestTransactions(t *testing.T) {
 	begin := map[string]string{"a": "1", "b": "1", "c": "1"}
 	failed := errors.New("failed")
@@ -6012,6 +6035,41 @@ func TestScanOutlivesView(t *testing.T) {
 	check(t, s.Close())
 	rwEq(t, rwT(rwFiles(t)), before)
 	rwEq(t, rwT(slices.Collect(maps.Keys(fileTree(t, filepath.Dir(path))))), []string{"a.db"})
+}
+
+// A watch of large values has no room for many of them.
+func TestWatchOfLargeValues(t *testing.T) {
+	each(t, func(t *testing.T, s zestor.Store[[4096]byte]) {
+		ch, err := s.Watch(t.Context(), "k")
+		check(t, err)
+		if cap(ch) > 5 {
+			t.Errorf("an idle watch holds room for %d events", cap(ch))
+		}
+	})
+}
+
+// Without WAL, the wait for this store's own readers leaves BusyTimeout for other processes.
+func TestFileLockedAfterView(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	a := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: 500 * time.Millisecond})
+	b := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	watchSet(t, a, "k", "a", "1")
+	var calls sync.WaitGroup
+	check(t, a.View(func(zestor.Reader[string]) error {
+		calls.Go(func() { watchSet(t, a, "k", "a", "2") })
+		time.Sleep(600 * time.Millisecond) // for longer than BusyTimeout
+		locked := make(chan struct{})
+		calls.Go(func() {
+			check(t, b.Update(func(zestor.ReadWriter[string]) error {
+				close(locked)
+				time.Sleep(50 * time.Millisecond)
+				return nil
+			}))
+		})
+		<-locked
+		return nil
+	}))
+	calls.Wait()
 }
 
 // A codec that is stuck in one watch holds up nothing else.
