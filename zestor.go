@@ -803,7 +803,7 @@ func (p place) fail(err error) error {
 	if err == nil {
 		return nil
 	}
-	return &failure{p, err}
+	return &failure{slices.Clone(p), err} // so that p, which every call has, needs no memory of its own
 }
 
 type failure struct {
