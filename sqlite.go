@@ -82,7 +82,7 @@ const (
 	// The last row marks where the history begins. It is no change, so it can't be replayed.
 	upgradeTable = `
 	ALTER TABLE zestor_kv ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
-	UPDATE zestor_kv SET revision = number, version = max(1, min(CAST(version AS INTEGER), 1 << 53)) FROM
+	UPDATE zestor_kv SET revision = number, version = max(1, min(CAST(version AS INTEGER), 1 << 62)) FROM
 		(SELECT kind AS k, key AS y, row_number() OVER (ORDER BY kind, key) AS number FROM zestor_kv)
 		WHERE kind = k AND key = y;
 	DROP INDEX IF EXISTS idx_kv_kind;` + createLog + `;
@@ -249,8 +249,8 @@ type sqliteEngine struct {
 	idle []*conn // protected by mu
 
 	// For whose turn it is.
-	locked bool  // whether the last transaction failed because of a lock
-	room   int64 // what may go into the WAL before restartWAL looks how long it is
+	locked time.Time // when the last transaction failed because of a lock; zero: it did not
+	room   int64     // what may go into the WAL before restartWAL looks how long it is
 }
 
 func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
@@ -485,9 +485,11 @@ func (c *conn) transaction(begin string, fn func() error) error {
 	}
 	defer func() { // also after a panic or Goexit
 		if state, ok := c.Conn.(interface{ AutoCommit() bool }); ok && !state.AutoCommit() {
+			first := c.err
 			c.err = nil
 			c.exec("ROLLBACK")
 			c.done = c.done || c.err != nil
+			c.err = first
 		}
 	}()
 	err := fn()
@@ -725,7 +727,8 @@ func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) er
 }
 
 // group commits waiting requests in one transaction. An error of the commit is everybody's. One of
-// a request itself is only its own: if SQLite refuses a statement, each gets its own transaction.
+// a request itself is only its own: if SQLite refuses a statement, each gets its own transaction,
+// and also if the file was locked for longer than one of them waits.
 func (s *sqliteEngine) group() {
 	var group []*request
 	next := func() bool {
@@ -749,6 +752,7 @@ func (s *sqliteEngine) group() {
 		refused = c.err != nil && len(group) > 1
 		return c.err
 	})
+	refused = refused || len(group) > 1 && errors.Is(err, errLocked)
 	for _, r := range group {
 		if r.err = cmp.Or(err, r.err); refused {
 			r.err = s.transact(r.arrived, r.fn)
@@ -758,18 +762,20 @@ func (s *sqliteEngine) group() {
 }
 
 // transact is the one way to write. It is for whose turn it is. The wait for the turn counts as a
-// wait for other processes, which it mostly is.
+// wait for a lock if it was one for whose turn it was.
 func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	if err := s.moved(); err != nil {
 		return err
 	}
-	waited, begin := time.Since(arrived), "BEGIN IMMEDIATE"
+	begin := "BEGIN IMMEDIATE"
 	if s.dsn.readOnly() {
 		begin = "BEGIN" // a write that changes nothing needs no more
 	}
 	return s.borrow(true, func(c *conn) error {
-		if c.busyTimeout -= waited; c.busyTimeout <= 0 && s.locked {
-			return errLocked // as it was for who waited as long
+		if waited := s.locked.Sub(arrived); waited > 0 {
+			if c.busyTimeout -= waited; c.busyTimeout <= 0 {
+				return errLocked
+			}
 		}
 		c.changes, c.logged = 0, 0
 		err := c.transaction(begin, func() error {
@@ -779,7 +785,9 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 			s.trim(c)
 			return c.err
 		})
-		s.locked = errors.Is(c.err, errLocked)
+		if s.locked = (time.Time{}); errors.Is(c.err, errLocked) {
+			s.locked = time.Now()
+		}
 		if err == nil && c.changes > 0 {
 			try(s.wake, struct{}{})
 			s.restartWAL(c)

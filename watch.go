@@ -119,7 +119,8 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 			return ended
 		}
 		w.ctx, w.cancel = context.WithCancel(ctx)
-		w.ch = make(chan Event[T], min(w.limit, 64, 1+16<<10/int(reflect.TypeFor[Event[T]]().Size()))) // at most 16 KiB
+		size := int(reflect.TypeFor[Event[T]]().Size())
+		w.ch = make(chan Event[T], max(1, min(w.limit, 64, 16<<10/size))) // at most 16 KiB, or one
 		if err := c.begin(w); err != nil {
 			w.cancel()
 			c.hub.remove(w)

@@ -622,7 +622,9 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 				return err
 			}
 		}
-		at = at[:2]
+		if at = at[:2]; len(keys) == 0 {
+			return nil
+		}
 		return w.write(false, func(t transaction[V]) error {
 			if bulk, ok := t.(interface{ putMany(string, []string, []V) }); ok && w.c.options.CompareFn == nil {
 				bulk.putMany(kind, keys, encoded)
@@ -803,21 +805,21 @@ func (p place) fail(err error) error {
 	if err == nil {
 		return nil
 	}
-	return &failure{slices.Clone(p), err} // so that p, which every call has, needs no memory of its own
+	text := "zestor: " + p[0]
+	for i, name := range p[1:] {
+		quoted := fmt.Sprintf("%.500q", name) // fits one line
+		text += " /"[i:i+1] + quoted[1:len(quoted)-1]
+	}
+	return &failure{text, err}
 }
 
+// A failure takes its cause's text only when it is asked for its own.
 type failure struct {
-	place place
+	where string
 	cause error
 }
 
 func (f *failure) Unwrap() error { return f.cause }
-
 func (f *failure) Error() string {
-	text := "zestor: " + f.place[0]
-	for i, name := range f.place[1:] {
-		quoted := fmt.Sprintf("%.500q", name) // fits one line
-		text += " /"[i:i+1] + quoted[1:len(quoted)-1]
-	}
-	return text + ": " + strings.TrimPrefix(f.cause.Error(), "zestor: ")
+	return f.where + ": " + strings.TrimPrefix(f.cause.Error(), "zestor: ")
 }

@@ -6042,7 +6042,7 @@ func TestWatchOfLargeValues(t *testing.T) {
 	each(t, func(t *testing.T, s zestor.Store[[4096]byte]) {
 		ch, err := s.Watch(t.Context(), "k")
 		check(t, err)
-		if cap(ch) > 5 {
+		if cap(ch) > 4 {
 			t.Errorf("an idle watch holds room for %d events", cap(ch))
 		}
 	})
@@ -6070,6 +6070,90 @@ func TestFileLockedAfterView(t *testing.T) {
 		return nil
 	}))
 	calls.Wait()
+}
+
+// A lock that is gone makes no later call fail, whatever this store itself does meanwhile.
+func TestFileLockIsForgotten(t *testing.T) {
+	for _, timeout := range []string{"0", "200"} {
+		for name, end := range map[string]func(){"panic": func() { panic("end") }, "Goexit": runtime.Goexit} {
+			t.Run(timeout+" "+name, func(t *testing.T) {
+				path := filepath.Join(t.TempDir(), "a.db")
+				s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_busy_timeout=" + timeout})
+				other := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+				check(t, other.Update(func(zestor.ReadWriter[string]) error {
+					if _, err := s.Set("k", "a", "1"); err == nil || !strings.Contains(err.Error(), "BusyTimeout") {
+						t.Error(err)
+					}
+					return nil
+				}))
+				begun, ended := make(chan struct{}), make(chan any)
+				go func() {
+					ended <- rwEnd(func() {
+						s.Update(func(zestor.ReadWriter[string]) error {
+							close(begun)
+							time.Sleep(300 * time.Millisecond) // for longer than BusyTimeout
+							end()
+							return nil
+						})
+					})
+				}()
+				<-begun
+				watchSet(t, s, "k", "a", "2")
+				<-ended
+			})
+		}
+	}
+}
+
+// Without WAL a COMMIT waits for the readers of other processes: for BusyTimeout, even if the call
+// has waited for its turn, and many calls at once not one after the other.
+func TestFileLockedCommit(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	const timeout = 500 * time.Millisecond
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: timeout})
+	watchSet(t, s, "k", "a", "1")
+	reader, err := sql.Open("sqlite3", path)
+	check(t, err)
+	defer reader.Close()
+	read := func() *sql.Tx {
+		tx, err := reader.Begin()
+		check(t, err)
+		var n int
+		check(t, tx.QueryRow(`SELECT count(*) FROM zestor_kv`).Scan(&n))
+		return tx
+	}
+	begun := make(chan struct{})
+	var calls sync.WaitGroup
+	calls.Go(func() {
+		s.Update(func(zestor.ReadWriter[string]) error {
+			close(begun)
+			time.Sleep(timeout * 6 / 5)
+			return nil
+		})
+	})
+	<-begun
+	_, err = s.SetFn("k", "a", func(string) (string, error) {
+		tx := read()
+		time.AfterFunc(timeout/8, func() { check(t, tx.Rollback()) })
+		return "2", nil
+	})
+	check(t, err)
+	calls.Wait()
+	tx := read()
+	begin := time.Now()
+	for i := range 100 {
+		calls.Go(func() {
+			if _, err := s.SetFn("k", "a", func(string) (string, error) { return fmt.Sprint(i), nil }); err == nil {
+				t.Error("SetFn has committed beside a reader")
+			}
+		})
+	}
+	calls.Wait()
+	if took := time.Since(begin); took > 10*timeout {
+		t.Errorf("the last of 100 SetFns fails after %v, not %v", took, timeout)
+	}
+	check(t, tx.Rollback())
+	watchSet(t, s, "k", "a", "3")
 }
 
 // A codec that is stuck in one watch holds up nothing else.
