@@ -6086,20 +6086,25 @@ func TestFileLockIsForgotten(t *testing.T) {
 					}
 					return nil
 				}))
-				begun, ended := make(chan struct{}), make(chan any)
+				begun, ended := make(chan struct{}), make(chan any, 1)
 				go func() {
 					ended <- rwEnd(func() {
-						s.Update(func(zestor.ReadWriter[string]) error {
+						err := s.Update(func(zestor.ReadWriter[string]) error {
 							close(begun)
 							time.Sleep(300 * time.Millisecond) // for longer than BusyTimeout
 							end()
 							return nil
 						})
+						t.Error(err)
 					})
 				}()
-				<-begun
-				watchSet(t, s, "k", "a", "2")
-				<-ended
+				select {
+				case <-begun:
+					watchSet(t, s, "k", "a", "2")
+					<-ended
+				case how := <-ended:
+					t.Error(how)
+				}
 			})
 		}
 	}
