@@ -5679,45 +5679,13 @@ func TestFileUnique(t *testing.T) {
 	fileEqual(t, "alice", got["alice"], "a@x")
 }
 
-// a Set that SQLite refuses fails Sets that share its transaction.
+// Writes that SQLite refuses, however many, fail no others that share their transaction, and don't
+// keep them from being done.
 func TestFileGroupError(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
 	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
 	fileStatements(t, path, `CREATE TRIGGER nope BEFORE INSERT ON zestor_kv WHEN NEW.kind = 'bad' BEGIN SELECT RAISE(ABORT, 'nope'); END`)
-	var wg sync.WaitGroup
-	var mu sync.Mutex
-	failed := 0
-	for g := range 8 {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			for i := range 50 {
-				kind := "good"
-				if g == 0 {
-					kind = "bad"
-				}
-				if _, err := s.Set(kind, fmt.Sprint(g, i), "1"); err != nil && kind == "good" {
-					mu.Lock()
-					if failed++; failed == 1 {
-						t.Log(err)
-					}
-					mu.Unlock()
-				}
-			}
-		}()
-	}
-	wg.Wait()
-	if failed > 0 {
-		t.Fatalf("%d good Sets failed", failed)
-	}
-}
-
-// Writes that SQLite refuses, however many, don't keep others from being done.
-func TestFileGroupStarved(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
-	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
-	fileStatements(t, path, `CREATE TRIGGER nope BEFORE INSERT ON zestor_kv WHEN NEW.kind = 'bad' BEGIN SELECT RAISE(ABORT, 'nope'); END`)
-	var bad sync.WaitGroup
+	var bad, good sync.WaitGroup
 	var stop atomic.Bool
 	for range 64 {
 		bad.Go(func() {
@@ -5729,16 +5697,19 @@ func TestFileGroupStarved(t *testing.T) {
 			}
 		})
 	}
-	fileSoon(t, func() error {
-		defer stop.Store(true)
-		for i := range 30 {
-			if _, err := s.Set("good", "a", fmt.Sprint(i)); err != nil {
-				return err
+	for g := range 7 {
+		good.Go(func() {
+			for i := range 50 {
+				if _, err := s.Set("good", fmt.Sprint(g, i), "1"); err != nil {
+					t.Error(err)
+				}
 			}
-		}
-		return nil
-	})
+		})
+	}
+	fileSoon(t, func() error { good.Wait(); return nil })
+	stop.Store(true)
 	bad.Wait()
+	fileGet(t, 350)(s.Count("good"))
 }
 
 // through a symlink the WAL is not limited.
@@ -6159,6 +6130,36 @@ func TestFileLockedCommit(t *testing.T) {
 	}
 	check(t, tx.Rollback())
 	watchSet(t, s, "k", "a", "3")
+}
+
+// Nor does a COMMIT wait only for as long as the first of those that share it still may.
+func TestFileLockedGroup(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	const timeout = time.Second
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: timeout})
+	watchSet(t, s, "k", "a", "1")
+	db, err := sql.Open("sqlite3", path)
+	check(t, err)
+	defer db.Close()
+	writer, err := db.Conn(t.Context())
+	check(t, err)
+	_, err = writer.ExecContext(t.Context(), "BEGIN IMMEDIATE")
+	check(t, err)
+	var calls sync.WaitGroup
+	calls.Go(func() { s.Set("k", "a", "2") }) // may be too late
+	time.Sleep(timeout * 8 / 10)
+	calls.Go(func() { watchSet(t, s, "k", "b", "2") })
+	time.Sleep(timeout / 20)
+	reader, err := db.Begin()
+	check(t, err)
+	var n int
+	check(t, reader.QueryRow(`SELECT count(*) FROM zestor_kv`).Scan(&n))
+	_, err = writer.ExecContext(t.Context(), "ROLLBACK")
+	check(t, err)
+	time.Sleep(timeout * 4 / 10)
+	check(t, reader.Rollback())
+	check(t, writer.Close())
+	calls.Wait()
 }
 
 // A codec that is stuck in one watch holds up nothing else.
