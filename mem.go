@@ -166,10 +166,10 @@ func (t *memTx[T]) scan(kind string, r Range, _ bool, each func(*Entry[T]) bool)
 	}
 	k := t.kind(kind)
 	keys := k.order()
-	lo, hi, bounded := r.bounds()
+	lo, hi := r.bounds()
 	from, _ := slices.BinarySearch(keys, lo)
 	to := len(keys)
-	if bounded {
+	if hi != "" {
 		to, _ = slices.BinarySearch(keys, hi)
 	}
 	keys = keys[from:max(from, to)]

@@ -589,9 +589,9 @@ func (c *conn) scan(kind string, r Range, whole bool, each func(*Entry[[]byte]) 
 	if r.Descending {
 		order = `key DESC`
 	}
-	lo, hi, bounded := r.bounds()
+	lo, hi := r.bounds()
 	args := []driver.Value{kind, lo, hi, int64(cmp.Or(r.Limit, -1))}
-	if !bounded {
+	if hi == "" {
 		args[2] = []byte{} // SQLite sorts every blob behind every text
 	}
 	sql := `SELECT NULL, key, ` + columns + ` FROM zestor_kv

@@ -263,25 +263,22 @@ type StoreOptions[T any] struct {
 	ValidateFns map[string]ValidateFunc[T] // kind -> check, run before anything is written; nil ones are skipped
 }
 
-// bounds returns the keys that r selects as lo <= key < hi; without bounded there is no hi.
-func (r Range) bounds() (lo, hi string, bounded bool) {
+// bounds returns the keys that r selects as lo <= key < hi; if hi is "", they have no end.
+func (r Range) bounds() (lo, hi string) {
 	lo = r.Prefix
-	// The first key past a prefix is the prefix with its last byte counted up; 0xff can't be.
-	last := len(r.Prefix) - 1
-	for last >= 0 && r.Prefix[last] == 0xff {
-		last--
-	}
-	if last >= 0 {
-		hi, bounded = r.Prefix[:last]+string([]byte{r.Prefix[last] + 1}), true
+	for n := len(lo); n > 0 && hi == ""; n-- {
+		if last := lo[n-1]; last < 0xff { // the first key past a prefix has its last byte counted up
+			hi = lo[:n-1] + string([]byte{last + 1})
+		}
 	}
 	switch {
 	case r.After == "":
 	case !r.Descending:
 		lo = max(lo, r.After+"\x00")
-	case !bounded || r.After < hi:
-		hi, bounded = r.After, true
+	case hi == "" || r.After < hi:
+		hi = r.After
 	}
-	return lo, hi, bounded
+	return lo, hi
 }
 
 // Below the contract: its rules, written once over the two engines. An engine's entries and events
