@@ -70,13 +70,15 @@ func (s *memStore[T]) Set(kind, key string, value T) (SetResult, error) {
 	return SetUpdated, nil
 }
 
-// memEngine is a map of kinds behind a mutex.
+// memEngine is a map of kinds behind a mutex, and the snapshot or transaction of who holds that.
 type memEngine[T any] struct {
 	hub *hub[T, T] // gets events while mu is locked, so that they come in the order of writes
 
-	mu     sync.RWMutex
-	kinds  map[string]*memKind[T] // protected by mu
-	newest int64                  // protected by mu; the revision
+	mu      sync.RWMutex
+	kinds   map[string]*memKind[T] // protected by mu
+	newest  int64                  // protected by mu; the revision
+	undo    []func()               // protected by mu; of a transaction
+	changes []*Event[T]            // protected by mu; of a transaction while somebody watches
 }
 
 // kind returns an empty one for one that is absent.
@@ -115,24 +117,24 @@ type memKind[T any] struct {
 func (e *memEngine[T]) read(_ bool, fn func(snapshot[T]) error) error {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
-	return fn(&memTx[T]{memEngine: e})
+	return fn(e)
 }
 
 func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	t := memTx[T]{memEngine: e}
 	defer func() { // also after a panic or Goexit
-		for _, undo := range slices.Backward(t.undo) {
+		for _, undo := range slices.Backward(e.undo) {
 			undo()
 		}
-		t.newest -= int64(len(t.undo))
+		e.newest -= int64(len(e.undo))
+		e.undo, e.changes = nil, nil
 	}()
-	if err := fn(&t); err != nil {
+	if err := fn(e); err != nil {
 		return err
 	}
-	t.undo = nil
-	e.hub.publish(nil, 0, nil, t.changes...)
+	e.undo = nil
+	e.hub.publish(nil, 0, nil, e.changes...)
 	return nil
 }
 
@@ -143,28 +145,21 @@ func (e *memEngine[T]) close() error {
 	return nil
 }
 
-// memTx is a transaction, or just a snapshot. The engine is locked.
-type memTx[T any] struct {
-	*memEngine[T]
-	undo    []func()
-	changes []*Event[T] // while somebody watches
-}
-
-func (t *memTx[T]) get(kind, key string, _ bool) *Entry[T] {
-	if r := t.row(kind, key); r != nil {
+func (e *memEngine[T]) get(kind, key string, _ bool) *Entry[T] {
+	if r := e.row(kind, key); r != nil {
 		return r.entry(kind, key)
 	}
 	return nil
 }
 
-func (t *memTx[T]) scan(kind string, r Range, _ bool, each func(*Entry[T]) bool) {
+func (e *memEngine[T]) scan(kind string, r Range, _ bool, each func(*Entry[T]) bool) {
 	if kind == "" {
-		for kind := range t.kinds {
-			t.scan(kind, r, true, each)
+		for kind := range e.kinds {
+			e.scan(kind, r, true, each)
 		}
 		return
 	}
-	k := t.kind(kind)
+	k := e.kind(kind)
 	keys := k.order()
 	lo, hi := r.bounds()
 	from, _ := slices.BinarySearch(keys, lo)
@@ -184,43 +179,43 @@ func (t *memTx[T]) scan(kind string, r Range, _ bool, each func(*Entry[T]) bool)
 	}
 }
 
-func (t *memTx[T]) keys(kind string) []string {
-	return append([]string{}, t.kind(kind).order()...)
+func (e *memEngine[T]) keys(kind string) []string {
+	return append([]string{}, e.kind(kind).order()...)
 }
 
-func (t *memTx[T]) count(kind string) int { return len(t.kind(kind).rows) }
+func (e *memEngine[T]) count(kind string) int { return len(e.kind(kind).rows) }
 
-func (t *memTx[T]) revision() int64 { return t.newest }
+func (e *memEngine[T]) revision() int64 { return e.newest }
 
-func (t *memTx[T]) failure() error { return nil }
+func (e *memEngine[T]) failure() error { return nil }
 
 // history has nothing to tell: the memory store keeps none.
-func (t *memTx[T]) history(since int64, _ func(*Event[T]) bool) error {
-	if since != t.newest {
+func (e *memEngine[T]) history(since int64, _ func(*Event[T]) bool) error {
+	if since != e.newest {
 		return ErrCompacted
 	}
 	return nil
 }
 
-func (t *memTx[T]) put(kind, key string, value T, version int64) {
+func (e *memEngine[T]) put(kind, key string, value T, version int64) {
 	what := EventUpdate
 	if version == 1 {
 		what = EventCreate
 	}
-	r := &memRow[T]{value, version, t.newest + 1, time.Now().UnixMilli()}
-	t.change(what, r.entry(kind, key), r)
+	r := &memRow[T]{value, version, e.newest + 1, time.Now().UnixMilli()}
+	e.change(what, r.entry(kind, key), r)
 }
 
-func (t *memTx[T]) remove(old *Entry[T]) { t.change(EventDelete, old, nil) }
+func (e *memEngine[T]) remove(old *Entry[T]) { e.change(EventDelete, old, nil) }
 
 // change is a write that can be undone and watched.
-func (t *memTx[T]) change(what EventType, e *Entry[T], r *memRow[T]) {
-	old := t.replace(e.Kind, e.Key, r)
-	t.undo = append(t.undo, func() { t.replace(e.Kind, e.Key, old) })
-	t.newest++
-	e.Revision = t.newest
-	if t.hub.watched.Load() {
-		t.changes = append(t.changes, e.event(what))
+func (e *memEngine[T]) change(what EventType, now *Entry[T], r *memRow[T]) {
+	old := e.replace(now.Kind, now.Key, r)
+	e.undo = append(e.undo, func() { e.replace(now.Kind, now.Key, old) })
+	e.newest++
+	now.Revision = e.newest
+	if e.hub.watched.Load() {
+		e.changes = append(e.changes, now.event(what))
 	}
 }
 
