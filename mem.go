@@ -235,9 +235,8 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 	switch {
 	case len(k.rows) == 0:
 		delete(e.kinds, kind)
-	case k.sorted == nil:
-	case len(k.changed) > len(k.sorted)/2+64:
-		k.sorted, k.changed = nil, nil // no better than a new one
+	case len(k.changed) >= len(k.sorted)/2:
+		k.sorted, k.changed = nil, nil // no better than a new one, if it is made at all
 	case old == nil || r == nil:
 		k.changed = append(k.changed, key)
 	}
