@@ -535,7 +535,8 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 		}
 	}()
 	c.err, c.busyTimeout = nil, s.busyTimeout
-	return fn(c)
+	err = fn(c)
+	return cmp.Or(c.err, err)
 }
 
 // read needs no slot if it lasts, since others may begin inside.

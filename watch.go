@@ -150,7 +150,6 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		// From here on the hub hands over every change that is not in s, whose first read this is.
 		c.hub.add(w, s.revision)
 		switch {
-		case s.failure() != nil:
 		case w.resume && w.since > w.from:
 			return ErrCompacted
 		case w.resume:
@@ -158,7 +157,7 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		case w.initial && w.wants(&Event[V]{Type: EventCreate, Kind: w.kind, Key: w.prefix}):
 			s.scan(w.kind, Range{Prefix: w.prefix}, true, func(e *Entry[V]) bool { return replay(e.event(EventCreate)) })
 		}
-		return s.failure()
+		return nil
 	})
 	if w.initial || w.resume {
 		past = append(past, &Event[V]{Type: EventSynced, Kind: w.kind, Revision: w.from})

@@ -308,7 +308,7 @@ type transaction[V any] interface {
 	remove(old *Entry[V])
 }
 
-// engine is what differs between the stores.
+// engine is what differs between the stores. A failure of the snapshot comes before an error of fn.
 type engine[V any] interface {
 	// read is for one call on the snapshot, or, if it lasts, for any number.
 	read(lasts bool, fn func(snapshot[V]) error) error
@@ -425,14 +425,14 @@ func (r reader[T, V]) call(at *place, fn func() error) error {
 
 // read runs fn in the transaction that r is in, or in a snapshot of its own.
 func (r reader[T, V]) read(lasts bool, fn func(snapshot[V])) error {
-	do := func(s snapshot[V]) error {
-		fn(s)
-		return s.failure()
-	}
 	if r.tx != nil {
-		return do(r.tx)
+		fn(r.tx)
+		return r.tx.failure()
 	}
-	return r.c.engine.read(lasts, do)
+	return r.c.engine.read(lasts, func(s snapshot[V]) error {
+		fn(s)
+		return nil
+	})
 }
 
 // query is a method that reads once.
@@ -681,14 +681,11 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 
 // write runs fn in the Update that w is in, or in a transaction of its own.
 func (w writer[T, V]) write(shared bool, fn func(transaction[V]) error) error {
-	do := func(t transaction[V]) error {
-		err := fn(t)
-		return cmp.Or(t.failure(), err)
-	}
 	if w.tx != nil {
-		return do(w.tx.change)
+		err := fn(w.tx.change)
+		return cmp.Or(w.tx.failure(), err)
 	}
-	return w.c.engine.write(shared, do)
+	return w.c.engine.write(shared, fn)
 }
 
 // look reads an entry.
