@@ -768,10 +768,6 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	if err := s.moved(); err != nil {
 		return err
 	}
-	begin := "BEGIN IMMEDIATE"
-	if s.dsn.readOnly() {
-		begin = "BEGIN" // a write that changes nothing needs no more
-	}
 	return s.borrow(true, func(c *conn) error {
 		if waited := s.locked.Sub(arrived); waited > 0 {
 			if c.busyTimeout -= waited; c.busyTimeout <= 0 {
@@ -779,7 +775,7 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 			}
 		}
 		c.changes, c.logged = 0, 0
-		err := c.transaction(begin, func() error {
+		err := c.transaction("BEGIN IMMEDIATE", func() error { // of a file opened read-only it only reads
 			if err := fn(c); err != nil || c.changes == 0 {
 				return cmp.Or(err, c.err)
 			}
