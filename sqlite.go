@@ -484,12 +484,9 @@ func (c *conn) transaction(begin string, fn func() error) error {
 		return c.err
 	}
 	defer func() { // also after a panic or Goexit
-		if state, ok := c.Conn.(interface{ AutoCommit() bool }); ok && !state.AutoCommit() {
-			first := c.err
-			c.err = nil
-			c.exec("ROLLBACK")
-			c.done = c.done || c.err != nil
-			c.err = first
+		if !c.Conn.(interface{ AutoCommit() bool }).AutoCommit() {
+			_, err := c.Conn.(driver.ExecerContext).ExecContext(context.Background(), "ROLLBACK", nil)
+			c.done = c.done || err != nil
 		}
 	}()
 	err := fn()
@@ -769,18 +766,16 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		return err
 	}
 	return s.borrow(true, func(c *conn) error {
-		if waited := s.locked.Sub(arrived); waited > 0 {
-			if c.busyTimeout -= waited; c.busyTimeout <= 0 {
-				return errLocked
-			}
+		if c.busyTimeout -= max(0, s.locked.Sub(arrived)); c.busyTimeout < 0 {
+			return errLocked
 		}
 		c.changes, c.logged = 0, 0
 		err := c.transaction("BEGIN IMMEDIATE", func() error { // of a file opened read-only it only reads
-			if err := fn(c); err != nil || c.changes == 0 {
-				return cmp.Or(err, c.err)
+			err := fn(c)
+			if err == nil && c.changes > 0 {
+				s.trim(c)
 			}
-			s.trim(c)
-			return c.err
+			return err
 		})
 		if s.locked = (time.Time{}); errors.Is(c.err, errLocked) {
 			s.locked = time.Now()
