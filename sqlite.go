@@ -724,35 +724,25 @@ func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) er
 	}
 }
 
-// group commits waiting requests in one transaction. An error of the commit is everybody's. One of
-// a request itself is only its own: if SQLite refuses a statement, each gets its own transaction,
-// and also if the file was locked for longer than one of them waits.
+// group commits waiting requests in one transaction. An error of a request is only its own: if
+// SQLite refuses one of several, or their commit, or the file was locked for longer than one of them
+// waits, each gets its own transaction.
 func (s *sqliteEngine) group() {
-	var group []*request
-	next := func() bool {
-		select {
-		case r := <-s.waiting:
-			group = append(group, r)
-			return true
-		default:
-			return false
-		}
-	}
-	if !next() {
+	if len(s.waiting) == 0 {
 		return // somebody else did it all
 	}
-	refused := false
+	group := []*request{<-s.waiting} // nobody else receives
 	err := s.transact(group[0].arrived, func(c *conn) error {
-		for more := true; more; more = c.err == nil && c.logged <= groupBytes && next() {
-			r := group[len(group)-1]
-			r.err = r.fn(c)
+		for i := 0; i < len(group); i++ {
+			group[i].err = group[i].fn(c)
+			if len(s.waiting) > 0 && c.err == nil && c.logged <= groupBytes {
+				group = append(group, <-s.waiting)
+			}
 		}
-		refused = c.err != nil && len(group) > 1
 		return c.err
 	})
-	refused = refused || len(group) > 1 && errors.Is(err, errLocked)
 	for _, r := range group {
-		if r.err = cmp.Or(err, r.err); refused {
+		if r.err = cmp.Or(err, r.err); err != nil && len(group) > 1 {
 			r.err = s.transact(r.arrived, r.fn)
 		}
 		close(r.done)
