@@ -149,12 +149,10 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 	err := c.engine.read(true, func(s snapshot[V]) error {
 		// From here on the hub hands over every change that is not in s, whose first read this is.
 		c.hub.add(w, s.revision)
-		switch {
-		case w.resume && w.since > w.from:
-			return ErrCompacted
-		case w.resume:
+		if w.resume {
 			return s.history(w.since, replay)
-		case w.initial && w.wants(&Event[V]{Type: EventCreate, Kind: w.kind, Key: w.prefix}):
+		}
+		if w.initial {
 			s.scan(w.kind, Range{Prefix: w.prefix}, true, func(e *Entry[V]) bool { return replay(e.event(EventCreate)) })
 		}
 		return nil
