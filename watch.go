@@ -309,9 +309,11 @@ func (h *hub[T, V]) publish(tail <-chan struct{}, since int64, err error, change
 			}
 		}
 		if err != nil && w.from <= since {
-			w.mu.Lock()
-			w.stopLocked(err, since)
-			w.mu.Unlock()
+			end := &Event[V]{Type: EventError, Kind: w.kind, Revision: since, Err: err}
+			if err != ErrCompacted {
+				end.Err = place{"watch", w.kind}.fail(err)
+			}
+			w.offer(end)
 		} else if next < 0 || w.from < next {
 			next = w.from
 		}
@@ -349,7 +351,6 @@ type watch[T, V any] struct {
 	mu      sync.Mutex
 	queue   []*Event[V] // protected by mu; what did not go into ch yet
 	live    int         // protected by mu; changes that were ever queued, without the replay
-	stopped bool        // protected by mu; an EventError is the last in queue
 	blocked bool        // protected by mu; deliver may have sent what it has not counted
 	asked   bool        // protected by mu; somebody waits until it has counted
 	counted sync.Cond
@@ -359,13 +360,17 @@ func (w *watch[T, V]) wants(ev *Event[V]) bool {
 	return w.kind == ev.Kind && strings.HasPrefix(ev.Key, w.prefix) && (w.types == nil || slices.Contains(w.types, ev.Type))
 }
 
-// offer queues a change, unless the watch holds too many.
+// offer queues a change, or in its place an overflow if the watch holds too many; or an EventError,
+// after which it takes no more.
 func (w *watch[T, V]) offer(ev *Event[V]) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if n := len(w.queue); n > 0 && w.queue[n-1].Type == EventError {
+		return
+	}
 	// Of what is undelivered, the live changes are last.
-	full := func() bool { return min(len(w.queue)+len(w.ch), w.live) >= w.limit }
-	if full() && w.blocked && !w.stopped { // perhaps the consumer has taken what is not counted yet
+	full := func() bool { return ev.Type != EventError && min(len(w.queue)+len(w.ch), w.live) >= w.limit }
+	if full() && w.blocked { // perhaps the consumer has taken what is not counted yet
 		w.asked = true
 		try(w.wake, struct{}{})
 		for w.asked {
@@ -373,23 +378,9 @@ func (w *watch[T, V]) offer(ev *Event[V]) {
 		}
 	}
 	if full() {
-		w.stopLocked(ErrWatchOverflow, ev.Revision-1)
-	} else if !w.stopped {
-		w.queue, w.live = append(w.queue, ev), w.live+1
-		try(w.wake, struct{}{})
+		ev = &Event[V]{Type: EventError, Kind: w.kind, Revision: ev.Revision - 1, Err: ErrWatchOverflow}
 	}
-}
-
-// stopLocked makes the watch end with err when it has delivered what it holds.
-func (w *watch[T, V]) stopLocked(err error, complete int64) {
-	if w.stopped {
-		return
-	}
-	if err != ErrWatchOverflow && err != ErrCompacted {
-		err = place{"watch", w.kind}.fail(err)
-	}
-	w.stopped = true
-	w.queue = append(w.queue, &Event[V]{Type: EventError, Kind: w.kind, Revision: complete, Err: err})
+	w.queue, w.live = append(w.queue, ev), w.live+1
 	try(w.wake, struct{}{})
 }
 
