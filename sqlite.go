@@ -141,7 +141,8 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", opts.DSN, err))
 	}
 	c := newCore(e, opts.StoreOptions, encoder[T](opts.Codec), decoder[T](opts.Codec), bytes.Equal)
-	c.streams, c.wait, c.hub.tail = e.wal, e.wait, c.tail
+	c.streams = e.wal
+	c.hub.tail = func(since int64, stop <-chan struct{}) { tail(e, &c.hub, since, stop) }
 	return c, nil
 }
 
@@ -242,7 +243,7 @@ type sqliteEngine struct {
 	slots        chan struct{} // holds a token for each short read under way
 	turn         chan struct{} // holds a token while somebody writes
 	waiting      chan *request // writes that may share a transaction
-	wake         chan struct{} // holds a token after a commit, for wait
+	wake         chan struct{} // holds a token after a commit, for tail
 	gate         sync.RWMutex
 
 	mu   sync.Mutex
@@ -817,15 +818,30 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	c.err = nil // the commit has succeeded
 }
 
-// wait returns after a commit of this store, and every pollInterval for those of others.
-func (s *sqliteEngine) wait(stop <-chan struct{}) bool {
-	select {
-	case <-s.wake:
-	case <-time.After(pollInterval):
-	case <-stop:
-		return false
+// tail publishes the changes after a revision until stop is closed, or it can't have them. It looks
+// after each commit of this store, and every pollInterval for those of others.
+func tail[T any](s *sqliteEngine, h *hub[T, []byte], since int64, stop <-chan struct{}) {
+	for since >= 0 {
+		var changes []*Event[[]byte]
+		err := s.read(false, func(t snapshot[[]byte]) error {
+			return t.history(since, func(ev *Event[[]byte]) bool {
+				changes, since = append(changes, ev), ev.Revision
+				return len(changes) < 256
+			})
+		})
+		if errors.Is(err, errLocked) { // which ends some time
+			err = nil
+		}
+		if since = h.publish(stop, since, err, changes...); len(changes) > 0 || err != nil {
+			continue
+		}
+		select {
+		case <-s.wake:
+		case <-time.After(pollInterval):
+		case <-stop:
+			return
+		}
 	}
-	return true
 }
 
 func (s *sqliteEngine) close() (err error) {

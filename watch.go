@@ -126,8 +126,7 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 			c.hub.remove(w)
 			return err
 		}
-		c.hub.running.Add(1)
-		go c.deliver(w)
+		c.hub.running.Go(func() { c.deliver(w) })
 		return nil
 	})
 	if err != nil {
@@ -173,13 +172,12 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 	defer func() {
 		if !ended {
 			w.failure = fmt.Errorf("codec panicked or called Goexit: %v", recover())
-			go c.deliver(w)
+			c.hub.running.Go(func() { c.deliver(w) })
 			return
 		}
 		w.cancel()
 		c.hub.remove(w)
 		close(w.ch)
-		c.hub.running.Done()
 	}()
 	var ev Event[T]      // the first in queue, if it is decoded
 	var ch chan Event[T] // where to send it; nil: it is not
@@ -230,28 +228,6 @@ func (c *core[T, V]) decodeEvent(w *watch[T, V], e *Event[V], ev *Event[T]) {
 	ev.Err = place{"watch", e.Kind, e.Key}.fail(err)
 }
 
-// tail publishes the changes after a revision until stop is closed, or it can't have them.
-func (c *core[T, V]) tail(since int64, stop <-chan struct{}) {
-	defer c.hub.running.Done()
-	for {
-		var changes []*Event[V]
-		err := c.engine.read(false, func(s snapshot[V]) error {
-			return s.history(since, func(ev *Event[V]) bool {
-				changes, since = append(changes, ev), ev.Revision
-				return len(changes) < 256
-			})
-		})
-		if errors.Is(err, errLocked) { // which ends some time
-			err = nil
-		}
-		more := len(changes) > 0 || err != nil
-		since = c.hub.publish(stop, since, err, changes...)
-		if since < 0 || !more && !c.wait(stop) {
-			return
-		}
-	}
-}
-
 // hub is the broadcast from a store's writers, or from its tail, to its watches. An engine's lock
 // may be held when mu is taken, never the other way round; mu may be held when a watch's mu is
 // taken.
@@ -274,9 +250,9 @@ func (h *hub[T, V]) add(w *watch[T, V], now func() int64) {
 	h.watches = append(h.watches, w)
 	h.watched.Store(true)
 	if h.tail != nil && h.stop == nil {
-		h.stop = make(chan struct{})
-		h.running.Add(1)
-		go h.tail(w.from, h.stop)
+		stop := make(chan struct{})
+		h.stop = stop
+		h.running.Go(func() { h.tail(w.from, stop) })
 	}
 }
 

@@ -327,7 +327,6 @@ type core[T, V any] struct {
 	encode  func(kind, key string, value T) (V, error) // runs the codec
 	decode  func(V) (T, error)                         // runs the codec
 	equal   func(prev, next V) bool                    // without CompareFn
-	wait    func(stop <-chan struct{}) bool            // for more history, or, false, for stop
 	streams bool                                       // a read that lasts is in nobody's way
 	hub     hub[T, V]
 	open    sync.RWMutex // read-locked by each call; Close locks it for good
