@@ -12,7 +12,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -162,9 +161,6 @@ func parseDSN(text string) (d dsn, err error) {
 		if u, err = url.Parse(text); err != nil {
 			return d, err
 		}
-		if u.Host != "" && u.Host != "localhost" {
-			return d, fmt.Errorf("a file: URI can't name the host %q", u.Host)
-		}
 		if u.Opaque != "" {
 			u.Path, err = url.PathUnescape(u.Opaque)
 		}
@@ -184,8 +180,7 @@ func parseDSN(text string) (d dsn, err error) {
 			d.immutable, bad = strconv.ParseBool(value)
 			ok = bad == nil
 		case "_synchronous", "_sync":
-			d.synchronous = strings.ToUpper(value)
-			ok = slices.Contains([]string{"0", "OFF", "1", "NORMAL", "2", "FULL", "3", "EXTRA"}, d.synchronous)
+			d.synchronous, ok = value, value != "" // the driver checks it, but takes none for NORMAL
 		case "_busy_timeout", "_timeout":
 			ms, bad := strconv.ParseUint(value, 10, 31)
 			d.busyTimeout, ok = time.Duration(ms)*time.Millisecond, bad == nil
@@ -202,6 +197,8 @@ func parseDSN(text string) (d dsn, err error) {
 	}
 	switch {
 	case err != nil || u.Path == ":memory:":
+	case u.Host != "" && u.Host != "localhost":
+		err = fmt.Errorf("a file: URI can't name the host %q", u.Host)
 	case u.Path == "":
 		err = errors.New("DSN required: a path, a file: URI or :memory: for none")
 	case strings.Contains(u.Path, "\x00"):
@@ -220,15 +217,13 @@ func (d *dsn) readOnly() bool { return d.mode == "ro" }
 
 // uri is what the driver is given. A connection has one user at a time: SQLite needs no mutex.
 func (d *dsn) uri() string {
-	params := fmt.Sprintf("?_mutex=no&_stmt_cache_size=32&_synchronous=%s&_busy_timeout=%d", d.synchronous, lockPoll.Milliseconds())
+	params := fmt.Sprintf("?_mutex=no&_stmt_cache_size=32&_synchronous=%s&_busy_timeout=%d",
+		url.QueryEscape(d.synchronous), lockPoll.Milliseconds())
 	if d.private() {
 		return ":memory:" + params
 	}
-	path := filepath.ToSlash(d.path)
-	if !strings.HasPrefix(path, "/") {
-		path = "/" + path // C:/...
-	}
-	return fmt.Sprintf("file://%s%s&mode=%s&immutable=%t", (&url.URL{Path: path}).EscapedPath(), params, d.mode, d.immutable)
+	path := strings.TrimPrefix(filepath.ToSlash(d.path), "/") // C:/... has none
+	return fmt.Sprintf("file:///%s%s&mode=%s&immutable=%t", (&url.URL{Path: path}).EscapedPath(), params, d.mode, d.immutable)
 }
 
 // sqliteEngine keeps encoded values in a SQLite file.
@@ -258,11 +253,8 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if s.dsn, err = parseDSN(text); err != nil {
 		return err
 	}
-	switch {
-	case s.busyTimeout < 0:
-		return fmt.Errorf("negative BusyTimeout %v", s.busyTimeout)
-	case s.historyBytes < 0:
-		return fmt.Errorf("negative HistoryBytes %d", s.historyBytes)
+	if s.busyTimeout < 0 || s.historyBytes < 0 {
+		return fmt.Errorf("negative BusyTimeout %v or HistoryBytes %d", s.busyTimeout, s.historyBytes)
 	}
 	s.busyTimeout = cmp.Or(s.busyTimeout, s.dsn.busyTimeout)
 	s.historyBytes = cmp.Or(s.historyBytes, 16<<20)
