@@ -253,8 +253,11 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if s.dsn, err = parseDSN(text); err != nil {
 		return err
 	}
-	if s.busyTimeout < 0 || s.historyBytes < 0 {
-		return fmt.Errorf("negative BusyTimeout %v or HistoryBytes %d", s.busyTimeout, s.historyBytes)
+	if s.busyTimeout < 0 {
+		return fmt.Errorf("negative BusyTimeout %v", s.busyTimeout)
+	}
+	if s.historyBytes < 0 {
+		return fmt.Errorf("negative HistoryBytes %d", s.historyBytes)
 	}
 	s.busyTimeout = cmp.Or(s.busyTimeout, s.dsn.busyTimeout)
 	s.historyBytes = cmp.Or(s.historyBytes, 16<<20)
