@@ -16,27 +16,19 @@
 // Values live in kinds (think tables). Inside a kind, a key names one value of type T. Kinds and
 // keys are any non-empty strings of bytes, and sort bytewise.
 //
-// # Versions and revisions
-//
-// A key's version counts the writes to it since it was last created, from 1. The store's revision
-// counts every committed change, deletes too, without holes, and never goes back. A write that
-// leaves a value equal to what it was is no change: it takes neither, and sends no event.
-//
 // # Ownership
 //
 // Values are shared, not copied: see [Store].
 //
 // # Watching
 //
-// A watch delivers each change of a kind exactly once, in revision order, after its commit, whoever
-// made it: for a file also another process, or a person with the sqlite3 shell. One that falls too
-// far behind is told so and ends; it never loses an event in silence, and no writer waits for it.
+// A watch tells of each change, whoever made it: for a file also another process, or a person with
+// the sqlite3 shell. It never loses one in silence, and no writer waits for it: see [Watcher].
 //
 // # Durability
 //
 // In a SQLite file, a write that has returned survives the death of the process and, as far as
-// fsync reaches, of the machine. A transaction is there whole or not at all. The memory store keeps
-// nothing after Close.
+// fsync reaches, of the machine. A transaction is there whole or not at all.
 //
 // # Callbacks
 //
@@ -114,16 +106,17 @@ type Reader[T any] interface {
 	Scan(kind string, r Range) iter.Seq2[Entry[T], error]
 
 	// Revision returns the number of the newest committed change, 0 for a new store; in Update that
-	// of the transaction's own newest.
+	// of the transaction's own newest. Every change takes the next number, deletes too, without
+	// holes, and none is ever used again.
 	Revision() (int64, error)
 }
 
 // Writer writes. Every write checks, in this order: that the store is open, the kind, the key, that
 // the value is no nil pointer, the kind's validator, the encoding, for SetIf the revision, and
-// whether the value changes. With an error nothing is written.
+// whether the value changes: if it is equal to what is stored, nothing is written, no revision is
+// taken and no event sent. With an error nothing is written either.
 type Writer[T any] interface {
-	// Set stores a value and says whether that created, updated or changed nothing. A zero value
-	// under a new key is a create like any other.
+	// Set stores a value, also a zero one, and says whether it created, updated or changed nothing.
 	Set(kind, key string, value T) (SetResult, error)
 
 	// SetFn replaces the value of a key with what fn returns for it, and says whether that was a
@@ -173,9 +166,8 @@ type Watcher[T any] interface {
 	//
 	// A watch holds a limited number of undelivered changes, see [WithBufferSize]. When one more is
 	// committed it takes no more: it delivers what it holds, then an [EventError] with
-	// [ErrWatchOverflow]. Watching again with [WithSince] of that event's Revision goes on exactly
-	// there. If that is answered by [ErrCompacted], or the Revision is -1 since an initial replay
-	// broke off, start over with an empty state and [WithInitialReplay].
+	// [ErrWatchOverflow]. Where to go on says [Event]; if that is answered by [ErrCompacted], start
+	// over with an empty state and [WithInitialReplay].
 	//
 	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what
 	// is then undelivered is dropped, but for a few events that are in the channel already.
@@ -183,8 +175,7 @@ type Watcher[T any] interface {
 	// A value that cannot be decoded arrives as an event with everything else, a zero Value, and
 	// Err set; the watch goes on.
 	//
-	// Watch returns ctx.Err() for a ctx that has ended, [ErrCompacted] for a revision that the
-	// history does not reach from, and an error for options that make no sense. It keeps ctx.
+	// Watch keeps ctx, and returns ctx.Err() if it has ended.
 	Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error)
 }
 
