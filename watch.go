@@ -25,8 +25,7 @@ const (
 
 // Event is one step of a watch. An event of create, update or delete is a change, or in an initial
 // replay an entry. EventSynced and EventError have no Key, Value and Version; their Revision is the
-// one up to which the watch is complete, so that WithSince with it continues exactly there. An
-// initial replay that ended before its EventSynced says -1: start over, with an empty state.
+// one up to which the watch is complete, or -1: [Watcher] says how to go on from there.
 type Event[T any] struct {
 	Type     EventType
 	Kind     string

@@ -107,7 +107,7 @@ type Reader[T any] interface {
 
 	// Revision returns the number of the newest committed change, 0 for a new store; in Update that
 	// of the transaction's own newest. Every change takes the next number, deletes too, without
-	// holes, and none is ever used again.
+	// holes, and none is used again.
 	Revision() (int64, error)
 }
 
@@ -166,8 +166,9 @@ type Watcher[T any] interface {
 	//
 	// A watch holds a limited number of undelivered changes, see [WithBufferSize]. When one more is
 	// committed it takes no more: it delivers what it holds, then an [EventError] with
-	// [ErrWatchOverflow]. Where to go on says [Event]; if that is answered by [ErrCompacted], start
-	// over with an empty state and [WithInitialReplay].
+	// [ErrWatchOverflow]. Watching again with [WithSince] of that event's Revision goes on exactly
+	// there. If that is answered by [ErrCompacted], or the Revision is -1 since an initial replay
+	// broke off, start over with an empty state and [WithInitialReplay].
 	//
 	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what
 	// is then undelivered is dropped, but for a few events that are in the channel already.
@@ -175,7 +176,7 @@ type Watcher[T any] interface {
 	// A value that cannot be decoded arrives as an event with everything else, a zero Value, and
 	// Err set; the watch goes on.
 	//
-	// Watch keeps ctx, and returns ctx.Err() if it has ended.
+	// Watch keeps ctx, and returns ctx.Err() as it is if it has ended.
 	Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error)
 }
 
