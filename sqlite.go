@@ -9,9 +9,11 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -170,8 +172,8 @@ func parseDSN(text string) (d dsn, err error) {
 	}
 	params, bad := url.ParseQuery(u.RawQuery)
 	err = cmp.Or(err, bad)
-	for name, values := range params {
-		value, ok := values[len(values)-1], true
+	for _, name := range slices.Sorted(maps.Keys(params)) { // so that of two names for one thing the same wins each time
+		value, ok := params[name][len(params[name])-1], true
 		switch name {
 		case "mode":
 			d.mode = value
@@ -197,14 +199,16 @@ func parseDSN(text string) (d dsn, err error) {
 	}
 	switch {
 	case err != nil || u.Path == ":memory:":
-	case u.Host != "" && u.Host != "localhost":
-		err = fmt.Errorf("a file: URI can't name the host %q", u.Host)
+	case u.User != nil || u.Host != "" && u.Host != "localhost":
+		err = fmt.Errorf("a file: URI can't name the host %q, nor a user", u.Host)
 	case u.Path == "":
 		err = errors.New("DSN required: a path, a file: URI or :memory: for none")
 	case strings.Contains(u.Path, "\x00"):
 		err = errors.New("a NUL byte in the path")
 	case filepath.IsAbs(u.Path):
 		d.path = u.Path
+	case filepath.VolumeName(strings.TrimPrefix(u.Path, "/")) != "": // file:///C:/..., on Windows
+		d.path = strings.TrimPrefix(u.Path, "/")
 	default: // filepath.Abs would take .. for the parent, where it may follow a link
 		d.path, err = os.Getwd()
 		d.path += string(filepath.Separator) + u.Path

@@ -3612,7 +3612,10 @@ func TestFileDSN(t *testing.T) {
 		{"unknown vfs", "file:DIR/a.db?vfs=unix", []string{"vfs"}},
 		{"immutable", "file:DIR/a.db?immutable=maybe", []string{"immutable", "maybe"}},
 		{"synchronous", "file:DIR/a.db?_sync=7", []string{"_sync", "7"}},
+		{"no synchronous", "file:DIR/a.db?_sync=", []string{"_sync"}},
 		{"timeout", "file:DIR/a.db?_busy_timeout=-5", []string{"_busy_timeout", "-5"}},
+		{"a host", "file://hostDIR/a.db", []string{`"host"`}},
+		{"a user", "file://me@localhostDIR/a.db", []string{"user"}},
 		{"escape", "file:DIR/%zz.db", []string{"DIR/%zz.db"}},
 		{"missing directory", "DIR/none/a.db", []string{"DIR/none/a.db"}},
 		{"missing directory, long path", "DIR/" + deep + "a.db", []string{"DIR/" + deep + "a.db"}},
@@ -3634,6 +3637,13 @@ func TestFileDSN(t *testing.T) {
 			fileEqual(t, "files", len(fileTree(t, dir)), 0)
 		})
 	}
+	t.Run("parameters have an order", func(t *testing.T) { // so that of two names for one thing the same wins
+		_, first := fileOpen("file:a.db?_sync=8&_synchronous=9")
+		for range 50 {
+			_, err := fileOpen("file:a.db?_synchronous=9&_sync=8")
+			fileEqual(t, "error", strings.ReplaceAll(fmt.Sprint(err), "_synchronous=9&_sync=8", "_sync=8&_synchronous=9"), fmt.Sprint(first))
+		}
+	})
 	t.Run("memory is private", func(t *testing.T) {
 		for _, dsn := range []string{":memory:", "file::memory:?cache=shared"} {
 			t.Chdir(t.TempDir())
