@@ -954,6 +954,32 @@ func TestOddErrors(t *testing.T) {
 	})
 }
 
+func TestNilFunctions(t *testing.T) {
+	none := func(t *testing.T, err error, text string) {
+		t.Helper()
+		if fmt.Sprint(err) != text {
+			t.Errorf("error %q, want %q", fmt.Sprint(err), text)
+		}
+	}
+	each(t, func(t *testing.T, s zestor.Store[int]) {
+		check(t, s.SetMany("k", map[string]int{"a": 1}))
+		none(t, s.View(nil), "zestor: view: function is nil")
+		none(t, s.Update(nil), "zestor: update: function is nil")
+		_, err := s.SetFn("k", "a", nil)
+		none(t, err, "zestor: setfn k/a: function is nil")
+		list, err := s.List("k", nil, func(string, int) bool { return true }, nil)
+		rwEq(t, rwT(list), map[string]int{"a": 1})
+		check(t, err)
+	})
+	s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: ":memory:", Codec: zestor.NewCodec(json.Marshal, nil)})
+	rwEq(t, rwT(s.Set("k", "a", 1)), zestor.SetCreated, nil)
+	_, _, err := s.Get("k", "a")
+	none(t, err, "zestor: get k/a: codec has no unmarshal function")
+	s = openSQLite(t, zestor.SQLiteOptions[int]{DSN: ":memory:", Codec: zestor.NewCodec(nil, json.Unmarshal)})
+	_, err = s.Set("k", "a", 1)
+	none(t, err, "zestor: set k/a: codec has no marshal function")
+}
+
 func TestTransactions(t *testing.T) {
 	begin := map[string]string{"a": "1", "b": "1", "c": "1"}
 	failed := errors.New("failed")
