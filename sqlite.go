@@ -451,7 +451,7 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 		row := make([]driver.Value, len(rows.Columns()))
 		for {
 			err := rows.Next(row)
-			if err != nil && err != io.EOF {
+			if err != io.EOF {
 				c.err = err
 			}
 			if err != nil || !yield(row) || c.err != nil {

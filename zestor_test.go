@@ -5922,6 +5922,50 @@ func TestDeleteAmongSets(t *testing.T) {
 	sets.Wait()
 }
 
+// Also where another caller's goroutine commits for it.
+func TestCallbacksRunOnTheirCallersGoroutine(t *testing.T) {
+	goroutine := func() string {
+		id, _, _ := strings.Cut(string(debug.Stack()), "[")
+		return id
+	}
+	here := func(owner string) {
+		if now := goroutine(); now != owner {
+			t.Errorf("a callback of %s runs on %s", owner, now)
+		}
+	}
+	codec := zestor.NewCodec(func(v any) ([]byte, error) {
+		here(v.(user).Name)
+		return json.Marshal(v)
+	}, func(data []byte, v any) error {
+		err := json.Unmarshal(data, v)
+		here(v.(*user).Name)
+		return err
+	})
+	validate := func(v user) error { here(v.Name); return nil }
+	s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: filepath.Join(t.TempDir(), "a.db"), Codec: codec,
+		StoreOptions: zestor.StoreOptions[user]{ValidateFns: map[string]zestor.ValidateFunc[user]{"k": validate}}})
+	var group sync.WaitGroup
+	for range 8 {
+		group.Go(func() {
+			me := goroutine()
+			for i := range 30 {
+				_, err := s.Set("k", me, user{Name: me, Age: i})
+				must(err)
+				e, _, err := s.GetEntry("k", me)
+				must(err)
+				_, err = s.SetIf("k", me, user{Name: me, Age: -i - 1}, e.Revision)
+				must(err)
+				existed, prev, err := s.Delete("k", me)
+				must(err)
+				if !existed || prev != (user{Name: me, Age: -i - 1}) {
+					t.Errorf("deleted %t, %v", existed, prev)
+				}
+			}
+		})
+	}
+	group.Wait()
+}
+
 // Names that the store could neither give back nor delete.
 func TestFileNamesTypedByHand(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
