@@ -182,7 +182,8 @@ func parseDSN(text string) (d dsn, err error) {
 			d.immutable, bad = strconv.ParseBool(value)
 			ok = bad == nil
 		case "_synchronous", "_sync":
-			d.synchronous, ok = value, value != "" // the driver checks it, but takes none for NORMAL
+			d.synchronous = strings.ToUpper(value)
+			ok = slices.Contains([]string{"0", "OFF", "1", "NORMAL", "2", "FULL", "3", "EXTRA"}, d.synchronous)
 		case "_busy_timeout", "_timeout":
 			ms, bad := strconv.ParseUint(value, 10, 31)
 			d.busyTimeout, ok = time.Duration(ms)*time.Millisecond, bad == nil
@@ -221,8 +222,7 @@ func (d *dsn) readOnly() bool { return d.mode == "ro" }
 
 // uri is what the driver is given. A connection has one user at a time: SQLite needs no mutex.
 func (d *dsn) uri() string {
-	params := fmt.Sprintf("?_mutex=no&_stmt_cache_size=32&_synchronous=%s&_busy_timeout=%d",
-		url.QueryEscape(d.synchronous), lockPoll.Milliseconds())
+	params := fmt.Sprintf("?_mutex=no&_stmt_cache_size=32&_synchronous=%s&_busy_timeout=%d", d.synchronous, lockPoll.Milliseconds())
 	if d.private() {
 		return ":memory:" + params
 	}

@@ -150,7 +150,7 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		if w.resume {
 			return s.history(w.since, replay)
 		}
-		if w.initial {
+		if w.initial && w.wants(&Event[V]{Type: EventCreate, Kind: w.kind, Key: w.prefix}) {
 			s.scan(w.kind, Range{Prefix: w.prefix}, true, func(e *Entry[V]) bool { return replay(e.event(EventCreate)) })
 		}
 		return nil

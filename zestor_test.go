@@ -3638,6 +3638,7 @@ func TestFileDSN(t *testing.T) {
 		{"unknown vfs", "file:DIR/a.db?vfs=unix", []string{"vfs"}},
 		{"immutable", "file:DIR/a.db?immutable=maybe", []string{"immutable", "maybe"}},
 		{"synchronous", "file:DIR/a.db?_sync=7", []string{"_sync", "7"}},
+		{"one of two", "file:DIR/a.db?_sync=none&_synchronous=OFF", []string{"_sync", "none"}},
 		{"no synchronous", "file:DIR/a.db?_sync=", []string{"_sync"}},
 		{"timeout", "file:DIR/a.db?_busy_timeout=-5", []string{"_busy_timeout", "-5"}},
 		{"a host", "file://hostDIR/a.db", []string{`"host"`}},
