@@ -3300,6 +3300,17 @@ func TestWatchHistoryBytes(t *testing.T) {
 		}
 		watchWant(t, watchOn(t, other, "k", zestor.WithSince(r+2000)), fmt.Sprintf("synced r%d", r+2000))
 	})
+	t.Run("deletes alone are forgotten too", func(t *testing.T) {
+		keys, err := s.Keys("k")
+		check(t, err)
+		for i, key := range keys[:500] {
+			_, _, err := s.Delete("k", key)
+			check(t, err)
+			if i%50 == 0 {
+				fits(t, s, path, limit/4)
+			}
+		}
+	})
 }
 
 // watchLatency is the median time from another process's return of Set to its
