@@ -8,7 +8,7 @@ import (
 )
 
 // Codec turns values into the bytes that a SQLite file holds, and back. Its methods may run on
-// several goroutines at once, and must not call the store.
+// several goroutines at once, and must not call the store. In a watch, a panic is the event's Err.
 //
 // Marshal is handed the T itself. Unmarshal is handed a pointer to a fresh value: a *E where T is a
 // pointer *E, so that protobuf messages work, and a *T otherwise. It may keep data, but must not
@@ -49,12 +49,12 @@ type funcCodec struct {
 func (c funcCodec) Marshal(v any) ([]byte, error)      { return c.marshal(v) }
 func (c funcCodec) Unmarshal(data []byte, v any) error { return c.unmarshal(data, v) }
 
-// encoder returns what encodes a T, never as nil: a file tells an empty encoding from none.
+// encoder returns what encodes a T, never as nil, which SQLite would take for NULL.
 func encoder[T any](codec Codec) func(kind, key string, value T) ([]byte, error) {
 	return func(kind, key string, value T) ([]byte, error) {
 		data, err := codec.Marshal(value)
 		if size := len(kind) + len(key) + len(data); err == nil && size > maxSize {
-			err = fmt.Errorf("too big: %d bytes, where SQLite takes at most %d", size, maxSize)
+			err = fmt.Errorf("too big: kind, key and value have %d bytes, SQLite takes at most %d", size, maxSize)
 		}
 		if data == nil {
 			data = []byte{}

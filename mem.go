@@ -9,7 +9,7 @@ import (
 )
 
 // NewMemStore returns a store in memory, for caches, tests and scratch data. It keeps nothing after
-// Close. View and Update hold its lock while their function runs.
+// Close. While View's function runs writers wait, and while Update's runs everybody does.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
 	encode := func(_, _ string, value T) (T, error) { return value, nil }
@@ -19,7 +19,8 @@ func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	return &memStore[T]{c, e}
 }
 
-// memStore has quick paths for what programs do most. Each does what the core does, or calls it.
+// memStore has quick paths for what programs do most. Each does what the core does, or calls it; only
+// while Close waits for others do they still answer.
 type memStore[T any] struct {
 	*core[T, T]
 	e *memEngine[T]
@@ -70,7 +71,7 @@ func (s *memStore[T]) Set(kind, key string, value T) (SetResult, error) {
 	return SetUpdated, nil
 }
 
-// memEngine is a map of kinds behind a mutex, and the snapshot or transaction of who holds that.
+// memEngine is a map of kinds behind a mutex, and itself the snapshot or transaction of whoever holds it.
 type memEngine[T any] struct {
 	hub *hub[T, T] // gets events while mu is locked, so that they come in the order of writes
 
@@ -81,7 +82,7 @@ type memEngine[T any] struct {
 	changes []*Event[T]            // protected by mu; of a transaction while somebody watches
 }
 
-// kind returns an empty one for one that is absent.
+// kind returns an empty memKind if the kind is absent.
 func (e *memEngine[T]) kind(kind string) *memKind[T] {
 	if k := e.kinds[kind]; k != nil {
 		return k
@@ -110,8 +111,8 @@ type memKind[T any] struct {
 	// The index is made when somebody first needs an order, and brought up to date when somebody
 	// next does, under the engine's read lock.
 	index   sync.Mutex
-	sorted  []string // protected by index; nil: not made
-	changed []string // protected by index; keys that came or went since
+	sorted  []string // protected by mu, or its read lock and index; nil: not made
+	changed []string // protected likewise; keys that came or went since
 }
 
 func (e *memEngine[T]) read(_ bool, fn func(snapshot[T]) error) error {
@@ -213,7 +214,7 @@ func (e *memEngine[T]) change(what EventType, now *Entry[T], r *memRow[T]) {
 	old := e.replace(now.Kind, now.Key, r)
 	e.undo = append(e.undo, func() { e.replace(now.Kind, now.Key, old) })
 	e.newest++
-	now.Revision = e.newest
+	now.Revision = e.newest // a delete's own
 	if e.hub.watched.Load() {
 		e.changes = append(e.changes, now.event(what))
 	}

@@ -26,6 +26,9 @@ import (
 // complete. They also number the changes: a write that comes with the next revision is the store's
 // own and is only logged; to any other they give its version, revision and time.
 //
+// Files hold this text and inspect compares it: to change one byte of createTable or createLog takes
+// a new schemaVersion and an upgrade.
+//
 // The newest row of the log can't be deleted, since it is where the store's revision is kept.
 // position counts the bytes logged before a row, so that the log can be cut to a size without
 // adding it up.
@@ -45,8 +48,9 @@ const (
 	newest = `(SELECT max(revision) FROM zestor_log)`
 	logEnd = `ifnull((SELECT position + length(CAST(kind || key AS BLOB)) + length(value) + 64
 			FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
-	after  = `max(CAST(OLD.version AS INTEGER), 1) + 1`
-	same   = `NEW.revision <= OLD.revision AND CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB)`
+	after = `max(CAST(OLD.version AS INTEGER), 1) + 1`
+	same  = `NEW.revision <= OLD.revision AND CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB)`
+	// For a write that is the store's own this looks for the kind NULL, and so updates no row.
 	repair = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
 			WHERE key = NEW.key AND kind = iif(NEW.revision = last_insert_rowid() AND NEW.version = `
 
@@ -91,14 +95,14 @@ const (
 )
 
 const (
-	maxCopy      = 16 << 20              // the driver keeps a copy of its arguments; after a longer one the connection is closed
+	maxCopy      = 16 << 20              // the driver keeps a copy of its arguments; a connection that was given a longer one is closed
 	readers      = 4                     // connections for short reads; more starve the writer on a small machine
 	pollInterval = 14 * time.Millisecond // at which a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction
 	maxWAL       = 12 << 20              // see restartWAL
 
-	// SQLite backs off to 100 ms between tries for a lock, and so finds a busy file never free. It
-	// gets this little time, and is asked again until BusyTimeout is over.
+	// SQLite backs off to 100 ms between tries for a lock, and so may never find a busy file free.
+	// It gets this little time, and is asked again until BusyTimeout is over.
 	lockPoll = 10 * time.Millisecond
 )
 
@@ -113,21 +117,23 @@ type SQLiteOptions[T any] struct {
 }
 
 // NewSQLiteStore opens the store in a SQLite file, and makes one of an absent or empty file. A file
-// of the multi-package Zestor is upgraded. Any other, and one that a newer Zestor wrote, is an
-// error that names it, and left as it is.
+// of the multi-package Zestor is upgraded. Any other, and one that a newer Zestor wrote, is refused
+// with an error that names it, and left as it is.
 //
 // The DSN is a path, taken literally; or a URI "file:path?parameters" with %-escapes; or ":memory:"
 // for a private store that ends with Close. The parameters are mode (ro, rw, rwc), immutable,
 // _synchronous or _sync (SQLite's levels; FULL if absent), and _busy_timeout or _timeout in
 // milliseconds; cache is ignored; any other is an error. With mode=ro the file must be a Zestor
 // file of this version, and a write that would change it fails. To read a file in WAL mode, SQLite
-// must be able to write its directory, or be told with immutable=1 that nobody changes the file.
+// must be able to write its directory, or be told with immutable=1 that nobody changes the file; then
+// it is opened read-only, and changes that are still in a -wal beside it are not seen.
 //
-// Without DisableWAL a file that is not in WAL mode is put there if possible. In the other modes
-// readers and writers wait for each other.
+// Without DisableWAL a file that is not in WAL mode is switched to it if possible, which it is not
+// while others use the file. In the other modes readers and writers wait for each other.
 //
 // HistoryBytes counts kinds, keys, values, and 64 bytes a change. The newest change is always kept;
-// with different limits on one file the smallest wins.
+// with different limits on one file the smallest wins, step by step as its store writes. The file
+// does not shrink. BusyTimeout is not for waiting for this store's own calls.
 //
 // Several processes, and several stores of different types that keep to their own kinds, may have
 // one file open. The package must be built with cgo.
@@ -203,7 +209,7 @@ func parseDSN(text string) (d dsn, err error) {
 	case u.User != nil || u.Host != "" && u.Host != "localhost":
 		err = fmt.Errorf("a file: URI can't name the host %q, nor a user", u.Host)
 	case u.Path == "":
-		err = errors.New("DSN required: a path, a file: URI or :memory: for none")
+		err = errors.New("DSN required: a path, a file: URI or :memory:")
 	case strings.Contains(u.Path, "\x00"):
 		err = errors.New("a NUL byte in the path")
 	case filepath.IsAbs(u.Path):
@@ -278,8 +284,8 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	}
 	s.dsn.mode = strings.TrimSuffix(s.dsn.mode, "c") // the file is there now
 	if err != nil {
-		// Closed last, c would take into the file what a crash left in a WAL; a connection that
-		// only reads leaves it.
+		// If c were the last to close, SQLite would take into the file what a crash left in a WAL; a
+		// connection that only reads leaves it.
 		file, _ := filepath.EvalSymlinks(s.dsn.path)
 		if wal, err := os.Stat(file + "-wal"); err == nil && wal.Size() > 0 {
 			s.dsn.mode = "ro"
@@ -421,7 +427,7 @@ func (c *conn) retry(fn func() error) error {
 }
 
 // rows runs a statement, which the driver keeps prepared, and yields its rows; c.err says
-// afterwards whether that were all. The slice is reused, its values are not.
+// afterwards whether those were all. The slice is reused, its values are not.
 func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 	return func(yield func([]driver.Value) bool) {
 		if c.err != nil {
@@ -623,8 +629,8 @@ func (c *conn) revision() int64 { return as[int64](c.value(`SELECT max(revision)
 func (c *conn) failure() error { return c.err }
 
 func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
-	// A look that finds nothing must stay cheap even where ANALYZE has made SQLite take the log for
-	// so short that it reads it all.
+	// A look that finds nothing must stay cheap even after an ANALYZE, which can make SQLite believe
+	// that the log is short, and read all of it.
 	switch newest := c.revision(); {
 	case c.err != nil || newest == since:
 		return cmp.Or(c.err, c.engine.moved())
@@ -749,8 +755,9 @@ func (s *sqliteEngine) group() {
 	}
 }
 
-// transact is the one way to write. It is for whose turn it is. The wait for the turn counts as a
-// wait for a lock if it was one for whose turn it was.
+// transact is the one way to write, for whose turn it is. If the write before failed because of
+// another process's lock, what this one has waited until then counts against its BusyTimeout: who
+// queues for a locked file fails together, and not one after the other.
 func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	if err := s.moved(); err != nil {
 		return err

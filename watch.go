@@ -43,7 +43,7 @@ func (e *Entry[V]) event(what EventType) *Event[V] {
 // WatchOption is an option of Watch. A nil one is skipped; of a repeated one the last holds.
 type WatchOption func(*watchOptions)
 
-// DefaultWatchBufferSize is how many undelivered changes a watch may hold: a limit, no allocation.
+// DefaultWatchBufferSize is how many undelivered changes a watch may hold: a limit, not an allocation.
 const DefaultWatchBufferSize = 65536
 
 // WithInitialReplay first sends every current entry, as creates in key order with the entry's own
@@ -59,11 +59,11 @@ func WithSince(revision int64) WatchOption {
 	return func(o *watchOptions) { o.resume, o.since = true, revision }
 }
 
-// WithPrefix leaves only keys that start with it.
+// WithPrefix sends only events of keys that start with it.
 func WithPrefix(prefix string) WatchOption { return func(o *watchOptions) { o.prefix = prefix } }
 
-// WithEventTypes leaves only these of create, update and delete; any other is an error. The entries
-// of an initial replay are creates.
+// WithEventTypes sends only these of create, update and delete, none if it is given none; any other is
+// an error. The entries of an initial replay are creates.
 func WithEventTypes(types ...EventType) WatchOption {
 	types = append([]EventType{}, types...) // not nil, even for none
 	return func(o *watchOptions) { o.types = types }
@@ -190,7 +190,7 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 			ch, sent = nil, false
 		}
 		ended = ended || w.ctx.Err() != nil
-		w.blocked, w.asked = ch != nil && !ended, false // the queue is right
+		w.blocked, w.asked = ch != nil && !ended, false // what is in queue and ch is undelivered
 		w.counted.Signal()
 		var next *Event[V]
 		if ch == nil && len(w.queue) > 0 {
@@ -345,7 +345,7 @@ func (w *watch[T, V]) offer(ev *Event[V]) {
 	}
 	// Of what is undelivered, the live changes are last.
 	full := func() bool { return ev.Type != EventError && min(len(w.queue)+len(w.ch), w.live) >= w.limit }
-	if full() && w.blocked { // perhaps the consumer has taken what is not counted yet
+	if full() && w.blocked { // the consumer may have taken what deliver, which waits for nobody, has not counted yet
 		w.asked = true
 		try(w.wake, struct{}{})
 		for w.asked {

@@ -1,15 +1,15 @@
 // Package zestor is a typed key-value store that a program can watch: a map behind a mutex for
-// tests and caches, or one SQLite file for data that must survive. Both do the same, so swapping
-// them changes one line.
+// tests and caches, or one SQLite file for data that must survive. Both behave the same: to swap
+// them, change one line.
 //
-//	s, err := zestor.NewSQLiteStore[User](zestor.SQLiteOptions[User]{DSN: "app.db"})
+//	s, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[User]{DSN: "app.db"})
 //	if err != nil {
 //		log.Fatal(err)
 //	}
 //	defer s.Close()
 //	events, _ := s.Watch(context.Background(), "users", zestor.WithInitialReplay())
 //	s.Set("users", "alice", User{Name: "Alice"})
-//	for ev := range events {
+//	for ev := range events { // until the store closes
 //		fmt.Println(ev.Type, ev.Key, ev.Value.Name)
 //	}
 //
@@ -22,25 +22,28 @@
 //
 // # Watching
 //
-// A watch tells of each change, whoever made it: for a file also another process, or a person with
-// the sqlite3 shell. It never loses one in silence, and no writer waits for it: see [Watcher].
+// A watch reports every change, whoever made it: in a SQLite file also another process, or a person
+// with the sqlite3 shell. It loses none in silence, and no writer waits for its consumer: see [Watcher].
 //
 // # Durability
 //
 // In a SQLite file, a write that has returned survives the death of the process and, as far as
-// fsync reaches, of the machine. A transaction is there whole or not at all.
+// fsync reaches, of the machine, unless the DSN lowers SQLite's synchronous level: with NORMAL a
+// power cut can take the newest writes, with OFF it can damage the file. A transaction is there
+// whole or not at all.
 //
 // # Callbacks
 //
-// Functions and codecs handed to a store may run while it is locked and must not call it: it would
-// wait for itself. One that panics or calls [runtime.Goexit] leaves it unlocked, unchanged, usable.
+// Functions and codecs handed to a store may run on several goroutines at once, and while it is
+// locked: they must not call it, which would deadlock. One that panics or calls [runtime.Goexit]
+// leaves it unlocked, unchanged, usable.
 //
 // # Caveats
 //
-// There is one writer at a time. A Scan or View that takes long keeps SQLite from reusing its
-// write-ahead log, which grows meanwhile, and may hold up a writer for a second or so. A watch
-// keeps in memory what it is yet to replay. Whoever stops reading its channel should end its
-// context. Of floats, 0 equals -0 in memory, and NaN not itself; their encodings may say otherwise.
+// There is one writer at a time. In a file in WAL mode a long Scan or View lets the write-ahead log
+// grow, and may hold up a writer for a second or so; elsewhere writers wait until a View returns. A
+// watch first reads its whole replay into memory. Whoever stops reading its channel should end its
+// context. In memory 0 equals -0, and NaN not itself; in SQLite that is up to their encodings.
 package zestor
 
 import (
@@ -58,7 +61,8 @@ import (
 	"time"
 )
 
-// The errors to tell apart with [errors.Is]. They come wrapped in the operation, kind and key.
+// The errors to tell apart with [errors.Is]. They come wrapped in the operation, kind and key, but
+// for the last two in an [EventError].
 var (
 	ErrClosed        = errors.New("zestor: store is closed")                   // any call on a closed store
 	ErrKindRequired  = errors.New("zestor: kind required")                     // a kind is empty
@@ -72,7 +76,7 @@ var (
 
 // Reader reads: the newest committed state on a store, and a transaction's own on its tx. An absent
 // key is ok == false and never an error; an absent kind is empty. A value that cannot be decoded,
-// since another program or another type wrote it, is an error that names its kind and key.
+// because another program or another type wrote it, is an error that names its kind and key.
 type Reader[T any] interface {
 	// Get returns the value of a key, or the zero T and false.
 	Get(kind, key string) (value T, ok bool, err error)
@@ -86,9 +90,9 @@ type Reader[T any] interface {
 	// and GetAll as a whole.
 	List(kind string, filters ...FilterFunc[T]) (map[string]T, error)
 
-	Keys(kind string) ([]string, error)     // the keys of a kind, sorted
-	Values(kind string) ([]Entry[T], error) // its entries, sorted by key
-	Count(kind string) (int, error)         // how many keys it has, which SQLite has to count
+	Keys(kind string) ([]string, error)     // the keys of a kind, sorted; not nil without an error
+	Values(kind string) ([]Entry[T], error) // its entries, sorted by key; not nil without an error
+	Count(kind string) (int, error)         // the number of its keys, which SQLite has to count
 
 	// GetAll returns all values by kind and key, without kinds that have no keys. It is for files
 	// that hold only values of type T.
@@ -107,16 +111,17 @@ type Reader[T any] interface {
 
 	// Revision returns the number of the newest committed change, 0 for a new store; in Update that
 	// of the transaction's own newest. Every change takes the next number, deletes too, without
-	// holes, and none is used again.
+	// holes, and none is used again but what a transaction took that was rolled back.
 	Revision() (int64, error)
 }
 
 // Writer writes. Every write checks, in this order: that the store is open, the kind, the key, that
 // the value is no nil pointer, the kind's validator, the encoding, for SetIf the revision, and
 // whether the value changes: if it is equal to what is stored, nothing is written, no revision is
-// taken and no event sent. With an error nothing is written either.
+// taken and no event sent. With an error nothing is written either. Kind and key may have about
+// 1e9 bytes together, in SQLite with the encoded value; more is an error.
 type Writer[T any] interface {
-	// Set stores a value, also a zero one, and says whether it created, updated or changed nothing.
+	// Set stores a value, zero values too, and says whether the key is new, updated or unchanged.
 	Set(kind, key string, value T) (SetResult, error)
 
 	// SetFn replaces the value of a key with what fn returns for it, and says whether that was a
@@ -139,7 +144,7 @@ type Writer[T any] interface {
 	SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error)
 
 	// SetMany stores all values or, with an error, none. Other keys stay, equal values are skipped,
-	// and changes happen in key order.
+	// and changes happen in key order. Without values it does nothing.
 	SetMany(kind string, values map[string]T) error
 
 	// SetIf stores a value if the entry is at the revision that the caller saw ([Entry].Revision;
@@ -158,7 +163,7 @@ type ReadWriter[T any] interface {
 	Writer[T]
 }
 
-// Watcher is the part of a [Store] that outlives its call.
+// Watcher reports changes.
 type Watcher[T any] interface {
 	// Watch sends the changes of a kind to the channel it returns, in revision order, each exactly
 	// once, after its commit: those committed after the call, and with a replay option first the
@@ -171,12 +176,12 @@ type Watcher[T any] interface {
 	// broke off, start over with an empty state and [WithInitialReplay].
 	//
 	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what
-	// is then undelivered is dropped, but for a few events that are in the channel already.
+	// is then undelivered is dropped, but for up to 64 events that are in the channel already.
 	//
 	// A value that cannot be decoded arrives as an event with everything else, a zero Value, and
 	// Err set; the watch goes on.
 	//
-	// Watch keeps ctx, and returns ctx.Err() as it is if it has ended.
+	// Watch keeps ctx. If it has ended already, Watch returns ctx.Err(), not wrapped.
 	Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error)
 }
 
@@ -204,8 +209,10 @@ type Store[T any] interface {
 	Update(fn func(tx ReadWriter[T]) error) error
 
 	// Close waits for calls under way, ends every watch, and leaves no goroutine and no open file
-	// behind, but that of a Scan which [iter.Pull] holds until it is stopped. Called again it returns
-	// nil, after the first has finished. A callback or the body of a Scan must not call it.
+	// behind. Calls that begin meanwhile get [ErrClosed]. A Scan that [iter.Pull] holds is under way
+	// until it is stopped; only one of a View that has returned is not waited for, and keeps its file
+	// open until then. Called again, Close returns nil, after the first has finished. A callback or
+	// the body of a Scan must not call it.
 	Close() error
 }
 
@@ -246,7 +253,8 @@ type FilterFunc[T any] func(key string, value T) bool
 // ValidateFunc says why a value must not be stored, or nil. It must not call the store.
 type ValidateFunc[T any] func(value T) error
 
-// CompareFunc says whether values are equal: then nothing is written. It must not call the store.
+// CompareFunc says whether values are equal: then nothing is written. It must not call the store. In
+// SQLite it has its price: the old value is decoded, and concurrent Sets don't share a transaction.
 type CompareFunc[T any] func(prev, next T) bool
 
 // StoreOptions are the options of both stores. The zero value works. The store copies the map.
@@ -282,7 +290,8 @@ type snapshot[V any] interface {
 	// get returns nil if the key is absent. Of entries that are not asked for whole, get and scan
 	// may leave out all but their names and values.
 	get(kind, key string, whole bool) *Entry[V]
-	// scan goes through a range of a kind, or through all kinds if that is "", with one entry.
+	// scan goes through a range of a kind, or through all kinds if that is "". Each gets an entry
+	// that it must not keep.
 	scan(kind string, r Range, whole bool, each func(*Entry[V]) bool)
 	keys(kind string) []string
 	count(kind string) int
@@ -387,7 +396,7 @@ func (c *core[T, V]) Update(fn func(tx ReadWriter[T]) error) error {
 
 func (c *core[T, V]) Close() (err error) {
 	c.closing.Do(func() {
-		c.hub.end() // also so that no call waits for a watch
+		c.hub.end() // so that the body of a Scan that waits for a watch comes to its end
 		c.open.Lock()
 		c.hub.end()
 		c.hub.running.Wait()
@@ -644,8 +653,8 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 			return err
 		}
 		value, _ = w.c.decode(old.Value)
-		// The codec must not run in a shared transaction. If somebody has written in between, it
-		// runs in one that is not.
+		// It is decoded before, since a codec that panics must leave the key, and outside, since a
+		// shared transaction runs no codec. If somebody has written in between, one does that is not.
 		for _, shared := range []bool{true, false} {
 			err = w.write(shared, func(t transaction[V]) error {
 				now := t.get(kind, key, true)
@@ -774,12 +783,13 @@ var (
 type place []string
 
 func (p place) check() error {
-	switch {
-	case len(p) > 1 && p[1] == "":
-		return ErrKindRequired
-	case len(p) > 2 && p[2] == "":
-		return ErrKeyRequired
-	case len(p) > 1 && len(p[1])+(len(p)-2)*len(p[len(p)-1]) > maxSize:
+	size := 0
+	for i, name := range p[1:] {
+		if size += len(name); name == "" {
+			return [...]error{ErrKindRequired, ErrKeyRequired}[i]
+		}
+	}
+	if size > maxSize {
 		return errors.New("kind and key are too long")
 	}
 	return nil
@@ -792,7 +802,7 @@ func (p place) fail(err error) error {
 	}
 	text := "zestor: " + p[0]
 	for i, name := range p[1:] {
-		quoted := fmt.Sprintf("%.500q", name) // fits one line
+		quoted := fmt.Sprintf("%.500q", name) // no line breaks, not endless
 		text += " /"[i:i+1] + quoted[1:len(quoted)-1]
 	}
 	return &failure{text, err}

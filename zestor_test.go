@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"database/sql"
 	"encoding/json"
 	"encoding/xml"
@@ -3576,6 +3577,10 @@ func TestFileSchema(t *testing.T) {
 	if fileQuery(t, path, `PRAGMA user_version`) == "0" {
 		t.Fatal("the schema has no version")
 	}
+	// Files that exist hold this very text, and no other is taken for it: whoever changes the
+	// schema, if only a space of it, has to count its version up and to upgrade them.
+	text := fileQuery(t, path, `SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY name`)
+	fileEqual(t, "hash of the schema", fmt.Sprintf("%x", sha256.Sum256([]byte(text)))[:16], "21ffed0340e75500")
 	check(t, fileSQL(path, `INSERT INTO zestor_kv (kind, key, value) VALUES ('k', 'b', '{}')`))
 	for _, key := range []string{"a", "b"} { // by the store and by other hands
 		at := fileQuery(t, path, `SELECT updated_at || '' FROM zestor_kv WHERE key = '`+key+`'`)
