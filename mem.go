@@ -19,8 +19,8 @@ func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	return &memStore[T]{c, e}
 }
 
-// memStore has quick paths for what programs do most. Each does what the core does, or calls it; only
-// while Close waits for others do they still answer.
+// memStore has quick paths for what programs do most. Each does what the core does, or calls it;
+// only while Close waits for others do they still answer.
 type memStore[T any] struct {
 	*core[T, T]
 	e *memEngine[T]
@@ -71,7 +71,7 @@ func (s *memStore[T]) Set(kind, key string, value T) (SetResult, error) {
 	return SetUpdated, nil
 }
 
-// memEngine is a map of kinds behind a mutex, and itself the snapshot or transaction of whoever holds it.
+// memEngine is a map of kinds behind a mutex, and the snapshot or transaction of whoever holds that.
 type memEngine[T any] struct {
 	hub *hub[T, T] // gets events while mu is locked, so that they come in the order of writes
 

@@ -125,8 +125,8 @@ type SQLiteOptions[T any] struct {
 // _synchronous or _sync (SQLite's levels; FULL if absent), and _busy_timeout or _timeout in
 // milliseconds; cache is ignored; any other is an error. With mode=ro the file must be a Zestor
 // file of this version, and a write that would change it fails. To read a file in WAL mode, SQLite
-// must be able to write its directory, or be told with immutable=1 that nobody changes the file; then
-// it is opened read-only, and changes that are still in a -wal beside it are not seen.
+// must be able to write its directory, or be told with immutable=1 that nobody changes the file;
+// then it is opened read-only, and changes that are still in a -wal beside it are not seen.
 //
 // Without DisableWAL a file that is not in WAL mode is switched to it if possible, which it is not
 // while others use the file. In the other modes readers and writers wait for each other.

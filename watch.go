@@ -43,7 +43,7 @@ func (e *Entry[V]) event(what EventType) *Event[V] {
 // WatchOption is an option of Watch. A nil one is skipped; of a repeated one the last holds.
 type WatchOption func(*watchOptions)
 
-// DefaultWatchBufferSize is how many undelivered changes a watch may hold: a limit, not an allocation.
+// DefaultWatchBufferSize is how many undelivered changes a watch may hold. It allocates nothing.
 const DefaultWatchBufferSize = 65536
 
 // WithInitialReplay first sends every current entry, as creates in key order with the entry's own
@@ -62,8 +62,8 @@ func WithSince(revision int64) WatchOption {
 // WithPrefix sends only events of keys that start with it.
 func WithPrefix(prefix string) WatchOption { return func(o *watchOptions) { o.prefix = prefix } }
 
-// WithEventTypes sends only these of create, update and delete, none if it is given none; any other is
-// an error. The entries of an initial replay are creates.
+// WithEventTypes sends only these of create, update and delete, none if it is given none; any other
+// is an error. The entries of an initial replay are creates.
 func WithEventTypes(types ...EventType) WatchOption {
 	types = append([]EventType{}, types...) // not nil, even for none
 	return func(o *watchOptions) { o.types = types }

@@ -23,7 +23,8 @@
 // # Watching
 //
 // A watch reports every change, whoever made it: in a SQLite file also another process, or a person
-// with the sqlite3 shell. It loses none in silence, and no writer waits for its consumer: see [Watcher].
+// with the sqlite3 shell. It loses none in silence, and no writer waits for its consumer: see
+// [Watcher].
 //
 // # Durability
 //
@@ -253,8 +254,8 @@ type FilterFunc[T any] func(key string, value T) bool
 // ValidateFunc says why a value must not be stored, or nil. It must not call the store.
 type ValidateFunc[T any] func(value T) error
 
-// CompareFunc says whether values are equal: then nothing is written. It must not call the store. In
-// SQLite it has its price: the old value is decoded, and concurrent Sets don't share a transaction.
+// CompareFunc says whether values are equal: then nothing is written. It must not call the store.
+// In SQLite it has a price: old values are decoded, and concurrent Sets don't share a transaction.
 type CompareFunc[T any] func(prev, next T) bool
 
 // StoreOptions are the options of both stores. The zero value works. The store copies the map.
