@@ -209,7 +209,7 @@ func parseDSN(text string) (d dsn, err error) {
 	case u.User != nil || u.Host != "" && u.Host != "localhost":
 		err = fmt.Errorf("a file: URI can't name the host %q, nor a user", u.Host)
 	case u.Path == "":
-		err = errors.New("DSN required: a path, a file: URI or :memory:")
+		err = errors.New(`DSN required: a path, a file: URI or ":memory:"`)
 	case strings.Contains(u.Path, "\x00"):
 		err = errors.New("a NUL byte in the path")
 	case filepath.IsAbs(u.Path):
