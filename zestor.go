@@ -210,7 +210,7 @@ type Store[T any] interface {
 	Update(fn func(tx ReadWriter[T]) error) error
 
 	// Close waits for calls under way, ends every watch, and leaves no goroutine and no open file
-	// behind. Calls that begin meanwhile get [ErrClosed]. A Scan that [iter.Pull] holds is under way
+	// behind. Calls that begin meanwhile may get [ErrClosed]. A Scan that [iter.Pull] holds is under way
 	// until it is stopped; only one of a View that has returned is not waited for, and keeps its file
 	// open until then. Called again, Close returns nil, after the first has finished. A callback or
 	// the body of a Scan must not call it.
