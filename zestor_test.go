@@ -3738,19 +3738,41 @@ int fdatasync(int fd) { return note(fd, SYS_fdatasync); }`
 var _ = child("file syncs", func(args []string) {
 	s, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[user]{DSN: args[0], DisableWAL: args[1] == "true"})
 	must(err)
-	syncs := func(n int) int64 {
+	syncs := func(write func()) int64 {
 		before, err := os.Stat(os.Getenv("SYNCS"))
 		must(err)
-		for i := range n {
-			_, err := s.Set("k", "a", user{Age: i + 1})
-			must(err)
-		}
+		write()
 		after, err := os.Stat(os.Getenv("SYNCS"))
 		must(err)
 		return after.Size() - before.Size()
 	}
-	syncs(2)
-	fmt.Println(syncs(20))
+	sets := func(n int) func() {
+		return func() {
+			for i := range n {
+				_, err := s.Set("k", "a", user{Age: i + 1})
+				must(err)
+			}
+		}
+	}
+	syncs(sets(2))
+	fmt.Println(syncs(sets(20)))
+	for _, write := range []func(key string) error{ // group commit shares them
+		func(key string) error { return rwErr(s.Set("l", key, user{})) },
+		func(key string) error { return rwErr(s.SetIf("m", key, user{}, 0)) },
+		func(key string) error { _, _, err := s.Delete("l", key); return err },
+	} {
+		fmt.Println(syncs(func() {
+			var group sync.WaitGroup
+			for g := range 16 {
+				group.Go(func() {
+					for i := range 20 {
+						must(write(fmt.Sprint(g, " ", i)))
+					}
+				})
+			}
+			group.Wait()
+		}))
+	}
 	must(os.WriteFile(os.Getenv("SYNCS_FAIL"), nil, 0o600))
 	_, err = s.Set("k", "a", user{Age: -1})
 	fmt.Println(err)
@@ -3787,6 +3809,12 @@ func TestFileDurability(t *testing.T) {
 			p := fileStart(t, "file syncs", fileURI(filepath.Join(dir, fmt.Sprint(i, ".db")), c.params), c.rollback)
 			syncs, err := strconv.Atoi(p.line(t))
 			check(t, err)
+			for _, what := range []string{"Set", "SetIf", "Delete"} {
+				shared, err := strconv.Atoi(p.line(t))
+				if check(t, err); c.params+c.rollback == "" && shared > 240 {
+					t.Errorf("%d fsyncs for 320 of %s by 16 goroutines", shared, what)
+				}
+			}
 			failed, age := p.line(t), p.line(t)
 			if c.durable != (syncs >= 20) || !c.durable && syncs > 3 {
 				t.Fatalf("%d fsyncs for 20 durable Sets", syncs)
