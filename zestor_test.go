@@ -1636,6 +1636,46 @@ func rwNames(t testing.TB, op, name string, err error) {
 	}
 }
 
+// heldContext has not ended, but takes its time to say so.
+type heldContext struct {
+	context.Context
+	asked, release chan struct{}
+}
+
+func (c heldContext) Err() error {
+	select {
+	case <-c.asked:
+	default:
+		close(c.asked)
+	}
+	<-c.release
+	return nil
+}
+
+func TestCloseEndsAWatchThatBeginsMeanwhile(t *testing.T) {
+	each(t, func(t *testing.T, s zestor.Store[string]) {
+		ctx := heldContext{context.Background(), make(chan struct{}), make(chan struct{})}
+		var group sync.WaitGroup
+		group.Go(func() {
+			events, err := s.Watch(ctx, "k")
+			must(err)
+			for ev := range events {
+				t.Errorf("%v", ev)
+			}
+		})
+		<-ctx.asked
+		group.Go(func() { must(s.Close()) })
+		for {
+			if _, err := s.Count("k"); errors.Is(err, zestor.ErrClosed) {
+				break // Close waits for the call of Watch
+			}
+			runtime.Gosched()
+		}
+		close(ctx.release)
+		fileSoon(t, func() error { group.Wait(); return nil })
+	})
+}
+
 func TestClose(t *testing.T) {
 	rwEach(t, "every call on a closed store is ErrClosed", func(t *testing.T, s zestor.Store[string]) {
 		check(t, s.SetMany("k", map[string]string{"a": ""}))
