@@ -730,14 +730,14 @@ func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) er
 	}
 }
 
-// group commits waiting requests in one transaction. An error of a request is only its own: if
-// SQLite refuses one of several, or their commit, or the file was locked for longer than one of them
-// waits, each gets its own transaction.
+// group commits waiting requests in one transaction. An error of the commit is everybody's. One of
+// a request itself is only its own: if SQLite refuses a statement, each gets its own transaction,
+// and also if the file was locked for longer than one of them waits.
 func (s *sqliteEngine) group() {
 	if len(s.waiting) == 0 {
 		return // somebody else did it all
 	}
-	group := []*request{<-s.waiting} // nobody else receives
+	group, done := []*request{<-s.waiting}, false // nobody else receives
 	err := s.transact(group[0].arrived, func(c *conn) error {
 		for i := 0; i < len(group); i++ {
 			group[i].err = group[i].fn(c)
@@ -745,10 +745,12 @@ func (s *sqliteEngine) group() {
 				group = append(group, <-s.waiting)
 			}
 		}
+		done = c.err == nil
 		return c.err
 	})
+	alone := err != nil && len(group) > 1 && (!done || errors.Is(err, errLocked))
 	for _, r := range group {
-		if r.err = cmp.Or(err, r.err); err != nil && len(group) > 1 {
+		if r.err = cmp.Or(err, r.err); alone {
 			r.err = s.transact(r.arrived, r.fn)
 		}
 		close(r.done)
