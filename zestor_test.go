@@ -3759,7 +3759,7 @@ func TestFileDSN(t *testing.T) {
 	})
 }
 
-// fileSyncer counts the fsyncs of a program, and lets them fail.
+// fileSyncer counts the fsyncs of a program, and lets one fail for each file that it finds.
 const fileSyncer = `
 #include <errno.h>
 #include <fcntl.h>
@@ -3769,7 +3769,7 @@ const fileSyncer = `
 static int note(int fd, long call) {
 	int log = open(getenv("SYNCS"), O_WRONLY | O_APPEND);
 	if (log >= 0 && write(log, "s", 1) == 1) close(log);
-	if (access(getenv("SYNCS_FAIL"), F_OK) == 0) { errno = EIO; return -1; }
+	if (unlink(getenv("SYNCS_FAIL")) == 0) { errno = EIO; return -1; }
 	return syscall(call, fd);
 }
 int fsync(int fd) { return note(fd, SYS_fsync); }
@@ -3813,16 +3813,34 @@ var _ = child("file syncs", func(args []string) {
 			group.Wait()
 		}))
 	}
-	must(os.WriteFile(os.Getenv("SYNCS_FAIL"), nil, 0o600))
+	fail := func() { must(os.WriteFile(os.Getenv("SYNCS_FAIL"), nil, 0o600)) }
+	fail()
 	_, err = s.Set("k", "a", user{Age: -1})
 	fmt.Println(err)
-	must(os.Remove(os.Getenv("SYNCS_FAIL")))
 	e, _, err := s.GetEntry("k", "a")
 	must(err)
-	_, err = s.Set("k", "b", user{})
-	must(err)
-	must(s.Close())
 	fmt.Println(e.Value.Age)
+	var group sync.WaitGroup
+	var failed atomic.Int64
+	must(s.Update(func(zestor.ReadWriter[user]) error {
+		for i := range 16 {
+			group.Go(func() {
+				if _, err := s.Set("group", fmt.Sprint(i), user{}); err != nil {
+					failed.Add(1)
+				}
+			})
+		}
+		time.Sleep(50 * time.Millisecond) // most are in one group then
+		fail()
+		return nil
+	}))
+	group.Wait()
+	os.Remove(os.Getenv("SYNCS_FAIL")) // without synchronous=FULL there was no fsync yet
+	n, err := s.Count("group")
+	must(err)
+	fmt.Println(failed.Load(), 16-n)
+	must(rwErr(s.Set("k", "b", user{})))
+	must(s.Close())
 })
 
 func TestFileDurability(t *testing.T) {
@@ -3855,12 +3873,15 @@ func TestFileDurability(t *testing.T) {
 					t.Errorf("%d fsyncs for 320 of %s by 16 goroutines", shared, what)
 				}
 			}
-			failed, age := p.line(t), p.line(t)
+			failed, age, group := p.line(t), p.line(t), strings.Fields(p.line(t))
 			if c.durable != (syncs >= 20) || !c.durable && syncs > 3 {
 				t.Fatalf("%d fsyncs for 20 durable Sets", syncs)
 			}
 			if c.durable && (!strings.HasPrefix(failed, "zestor: set k/a: ") || age != "20") {
 				t.Fatalf("a Set whose fsync fails: error %s, value %s", failed, age)
+			}
+			if c.durable && (group[0] == "0" || group[0] != group[1]) {
+				t.Fatalf("a group whose fsync fails: %s errors, %s of 16 Sets are not stored", group[0], group[1])
 			}
 		})
 	}
