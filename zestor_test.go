@@ -968,6 +968,9 @@ func TestNilFunctions(t *testing.T) {
 		none(t, s.Update(nil), "zestor: update: function is nil")
 		_, err := s.SetFn("k", "a", nil)
 		none(t, err, "zestor: setfn k/a: function is nil")
+		var ctx context.Context
+		_, err = s.Watch(ctx, "k")
+		none(t, err, "zestor: watch k: context is nil")
 		list, err := s.List("k", nil, func(string, int) bool { return true }, nil)
 		rwEq(t, rwT(list), map[string]int{"a": 1})
 		check(t, err)
@@ -3946,6 +3949,11 @@ func TestFileReadOnly(t *testing.T) {
 				ev, _ := fileNext(t, events)
 				fileEqual(t, "live", ev, zestor.Event[user]{Type: zestor.EventCreate, Kind: "k", Key: "live",
 					Value: user{Age: 7}, Version: 1, Revision: 101})
+				check(t, s.Update(func(tx zestor.ReadWriter[user]) error { // its snapshot is from its start
+					fileOK(t)(other.Set("k", "later", user{}))
+					fileGet(t, 101)(tx.Count("k"))
+					return nil
+				}))
 				return
 			}
 			check(t, s.Close())
