@@ -237,6 +237,7 @@ type hub[T, V any] struct {
 
 	mu      sync.Mutex     // held while publishing, so that events stay in order
 	watches []*watch[T, V] // protected by mu
+	ended   bool           // protected by mu; the store closes
 	stop    chan struct{}  // protected by mu; ends the running tail; nil: none runs
 }
 
@@ -245,7 +246,9 @@ type hub[T, V any] struct {
 func (h *hub[T, V]) add(w *watch[T, V], now func() int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	w.from = now()
+	if w.from = now(); h.ended {
+		w.cancel()
+	}
 	h.watches = append(h.watches, w)
 	h.watched.Store(true)
 	if h.tail != nil && h.stop == nil {
@@ -302,10 +305,11 @@ func (h *hub[T, V]) publish(tail <-chan struct{}, since int64, err error, change
 	return next
 }
 
-// end ends every watch.
+// end ends every watch, also those that are yet to be added.
 func (h *hub[T, V]) end() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.ended = true
 	for _, w := range h.watches {
 		w.cancel()
 	}

@@ -397,9 +397,8 @@ func (c *core[T, V]) Update(fn func(tx ReadWriter[T]) error) error {
 
 func (c *core[T, V]) Close() (err error) {
 	c.closing.Do(func() {
-		c.hub.end() // so that the body of a Scan that waits for a watch comes to its end
+		c.hub.end() // first, so that the body of a Scan that waits for a watch comes to its end
 		c.open.Lock()
-		c.hub.end()
 		c.hub.running.Wait()
 		err = place{"close"}.fail(c.engine.close())
 	})

@@ -1655,15 +1655,19 @@ func (c heldContext) Err() error {
 	return nil
 }
 
+// Close waits for the Scan, whose body waits for the watch.
 func TestCloseEndsAWatchThatBeginsMeanwhile(t *testing.T) {
 	each(t, func(t *testing.T, s zestor.Store[string]) {
+		watchSet(t, s, "k", "a", "1")
 		ctx := heldContext{context.Background(), make(chan struct{}), make(chan struct{})}
 		var group sync.WaitGroup
 		group.Go(func() {
-			events, err := s.Watch(ctx, "k")
-			must(err)
-			for ev := range events {
-				t.Errorf("%v", ev)
+			for range s.Scan("k", zestor.Range{}) {
+				events, err := s.Watch(ctx, "k")
+				must(err)
+				for ev := range events {
+					t.Errorf("%v", ev)
+				}
 			}
 		})
 		<-ctx.asked
