@@ -84,10 +84,11 @@ const (
 	END;
 	PRAGMA user_version = 1`
 
-	// The last row marks where the history begins. It is no change, so it can't be replayed.
+	// After an ANALYZE of a short table SQLite has to be told which index to use. The last row marks
+	// where the history begins. It is no change, so it can't be replayed.
 	upgradeTable = `
 	ALTER TABLE zestor_kv ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
-	UPDATE zestor_kv SET revision = number, version = max(1, min(CAST(version AS INTEGER), 1 << 62)) FROM
+	UPDATE zestor_kv INDEXED BY sqlite_autoindex_zestor_kv_1 SET revision = number, version = max(1, min(CAST(version AS INTEGER), 1 << 62)) FROM
 		(SELECT kind AS k, key AS y, row_number() OVER (ORDER BY kind, key) AS number FROM zestor_kv)
 		WHERE kind = k AND key = y;
 	DROP INDEX IF EXISTS idx_kv_kind;` + createLog + `;
@@ -212,6 +213,8 @@ func parseDSN(text string) (d dsn, err error) {
 		err = errors.New(`DSN required: a path, a file: URI or ":memory:"`)
 	case strings.Contains(u.Path, "\x00"):
 		err = errors.New("a NUL byte in the path")
+	case os.IsPathSeparator(u.Path[len(u.Path)-1]): // SQLite would leave it out, and make a file
+		err = errors.New("a directory's path")
 	case filepath.IsAbs(u.Path):
 		d.path = u.Path
 	case filepath.VolumeName(strings.TrimPrefix(u.Path, "/")) != "": // file:///C:/..., on Windows
@@ -271,6 +274,9 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	}
 	s.busyTimeout = cmp.Or(s.busyTimeout, s.dsn.busyTimeout)
 	s.historyBytes = cmp.Or(s.historyBytes, 16<<20)
+	if file, err := os.Stat(s.dsn.path); err == nil && !file.Mode().IsRegular() {
+		return errors.New("not a regular file") // opening a FIFO might never return
+	}
 	c, err := s.connect()
 	if err != nil {
 		return err

@@ -3710,6 +3710,7 @@ func TestFileDSN(t *testing.T) {
 		{"missing directory", "DIR/none/a.db", []string{"DIR/none/a.db"}},
 		{"missing directory, long path", "DIR/" + deep + "a.db", []string{"DIR/" + deep + "a.db"}},
 		{"a directory", "DIR", []string{"DIR"}},
+		{"no directory", "DIR/a.db/", []string{"DIR/a.db/"}},
 		{"absent rw", "file:DIR/a.db?mode=rw", []string{"DIR/a.db"}},
 		{"absent ro", "file:DIR/a.db?mode=ro", []string{"DIR/a.db"}},
 		{"absent immutable", "file:DIR/a.db?immutable=1", []string{"DIR/a.db"}},
@@ -3727,6 +3728,14 @@ func TestFileDSN(t *testing.T) {
 			fileEqual(t, "files", len(fileTree(t, dir)), 0)
 		})
 	}
+	t.Run("refused no regular file", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "fifo")
+		check(t, syscall.Mkfifo(path, 0o600))
+		for _, params := range []string{"", "mode=ro"} {
+			_, err := fileOpen(fileURI(path, params))
+			check(t, fileBad(err, path, "regular"))
+		}
+	})
 	t.Run("parameters have an order", func(t *testing.T) { // so that of two names for one thing the same wins
 		_, first := fileOpen("file:a.db?_sync=8&_synchronous=9")
 		for range 50 {
@@ -4278,6 +4287,24 @@ func TestFileUpgrade(t *testing.T) {
 			}
 			p.line(t)
 			check(t, fileUpgraded(path, 3000))
+		})
+		t.Run("analyzed when it was short "+mode, func(t *testing.T) {
+			took := map[bool]time.Duration{}
+			for _, analyzed := range []bool{false, true} {
+				path := filepath.Join(t.TempDir(), "a.db")
+				fileOldest(t, path, mode, 8000)
+				if analyzed {
+					check(t, fileSQL(path, `ANALYZE`, `UPDATE sqlite_stat1 SET stat = '2 1 1'`))
+				}
+				begin := time.Now()
+				s, err := fileOpen(path)
+				took[analyzed] = time.Since(begin)
+				check(t, err)
+				check(t, s.Close())
+			}
+			if took[true] > 10*took[false] {
+				t.Fatalf("%v instead of %v", took[true], took[false])
+			}
 		})
 		t.Run("killed "+mode, func(t *testing.T) {
 			for range fileMore(4, 30) {
