@@ -125,7 +125,8 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 			c.hub.remove(w)
 			return err
 		}
-		c.hub.running.Go(func() { c.deliver(w) })
+		c.hub.running.RLock()
+		go c.deliver(w)
 		return nil
 	})
 	if err != nil {
@@ -171,12 +172,13 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 	defer func() {
 		if !ended {
 			w.failure = fmt.Errorf("codec panicked or called Goexit: %v", recover())
-			c.hub.running.Go(func() { c.deliver(w) })
+			go c.deliver(w)
 			return
 		}
 		w.cancel()
-		c.hub.remove(w)
 		close(w.ch)
+		c.hub.remove(w)
+		c.hub.running.RUnlock()
 	}()
 	var ev Event[T]      // the first in queue, if it is decoded
 	var ch chan Event[T] // where to send it; nil: it is not
@@ -185,8 +187,10 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 		w.mu.Lock()
 		if sent || try(ch, ev) {
 			ended = w.queue[0].Type == EventError
-			w.queue[0] = nil // hold no longer than needed
-			w.queue = w.queue[1:]
+			w.queue[0], ev = nil, Event[T]{} // hold no longer than needed
+			if w.queue = w.queue[1:]; len(w.queue) == 0 {
+				w.queue = nil
+			}
 			ch, sent = nil, false
 		}
 		ended = ended || w.ctx.Err() != nil
@@ -231,7 +235,7 @@ func (c *core[T, V]) decodeEvent(w *watch[T, V], e *Event[V], ev *Event[T]) {
 // may be held when mu is taken, never the other way round; mu may be held when a watch's mu is
 // taken.
 type hub[T, V any] struct {
-	running sync.WaitGroup                          // watches and tails
+	running sync.RWMutex                            // read-locked by each watch and tail; Close locks it for good
 	watched atomic.Bool                             // whether there are watches
 	tail    func(since int64, stop <-chan struct{}) // where changes come from; nil: from the writers
 
@@ -254,7 +258,11 @@ func (h *hub[T, V]) add(w *watch[T, V], now func() int64) {
 	if h.tail != nil && h.stop == nil {
 		stop := make(chan struct{})
 		h.stop = stop
-		h.running.Go(func() { h.tail(w.from, stop) })
+		h.running.RLock()
+		go func() {
+			defer h.running.RUnlock()
+			h.tail(w.from, stop)
+		}()
 	}
 }
 

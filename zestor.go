@@ -399,7 +399,7 @@ func (c *core[T, V]) Close() (err error) {
 	c.closing.Do(func() {
 		c.hub.end() // first, so that the body of a Scan that waits for a watch comes to its end
 		c.open.Lock()
-		c.hub.running.Wait()
+		c.hub.running.Lock()
 		err = place{"close"}.fail(c.engine.close())
 	})
 	return err
