@@ -12,17 +12,17 @@ import (
 // Close. While View's function runs writers wait, and while Update's runs everybody does.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
-	encode := func(_, _ string, value T) (T, error) { return value, nil }
-	decode := func(value T) (T, error) { return value, nil }
-	c := newCore(e, opts, encode, decode, equality[T]())
-	e.hub = &c.hub
-	return &memStore[T]{c, e}
+	st := newStore(&core[T, T]{engine: e, options: opts, equal: equality[T](),
+		encode: func(_, _ string, value T) (T, error) { return value, nil },
+		decode: func(value T) (T, error) { return value, nil }})
+	e.hub = &st.hub
+	return &memStore[T]{st, e}
 }
 
-// memStore has quick paths for what programs do most. Each does what the core does, or calls it;
+// memStore has quick paths for what programs do most. Each does what the store does, or calls it;
 // only while Close waits for others do they still answer.
 type memStore[T any] struct {
-	*core[T, T]
+	*store[T, T]
 	e *memEngine[T]
 }
 
@@ -34,7 +34,7 @@ func (s *memStore[T]) Get(kind, key string) (value T, ok bool, err error) {
 		return value, true, nil
 	}
 	s.e.mu.RUnlock()
-	return s.core.Get(kind, key) // absent, or an error
+	return s.store.Get(kind, key) // absent, or an error
 }
 
 func (s *memStore[T]) List(kind string, filters ...FilterFunc[T]) (map[string]T, error) {
@@ -42,7 +42,7 @@ func (s *memStore[T]) List(kind string, filters ...FilterFunc[T]) (map[string]T,
 	k := s.e.kinds[kind]
 	if k == nil || len(filters) > 0 {
 		s.e.mu.RUnlock()
-		return s.core.List(kind, filters...)
+		return s.store.List(kind, filters...)
 	}
 	defer s.e.mu.RUnlock()
 	list := make(map[string]T, len(k.rows))
@@ -57,7 +57,7 @@ func (s *memStore[T]) Set(kind, key string, value T) (SetResult, error) {
 	r := s.e.row(kind, key)
 	if r == nil || s.nilable || s.options.CompareFn != nil || s.options.ValidateFns[kind] != nil {
 		s.e.mu.Unlock()
-		return s.core.Set(kind, key, value) // a create, callbacks, or an error
+		return s.store.Set(kind, key, value) // a create, callbacks, or an error
 	}
 	defer s.e.mu.Unlock()
 	if s.equal(r.value, value) {
@@ -66,7 +66,7 @@ func (s *memStore[T]) Set(kind, key string, value T) (SetResult, error) {
 	s.e.newest++
 	*r = memRow[T]{value, r.version + 1, s.e.newest, time.Now().UnixMilli()}
 	if s.e.hub.watched.Load() {
-		s.e.hub.publish(nil, 0, nil, r.entry(kind, key).event(EventUpdate))
+		s.e.hub.publish(0, nil, r.entry(kind, key).event(EventUpdate))
 	}
 	return SetUpdated, nil
 }
@@ -135,7 +135,7 @@ func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 		return err
 	}
 	e.undo = nil
-	e.hub.publish(nil, 0, nil, e.changes...)
+	e.hub.publish(0, nil, e.changes...)
 	return nil
 }
 
@@ -206,6 +206,8 @@ func (e *memEngine[T]) put(kind, key string, value T, version int64) {
 	r := &memRow[T]{value, version, e.newest + 1, time.Now().UnixMilli()}
 	e.change(what, r.entry(kind, key), r)
 }
+
+func (e *memEngine[T]) putMany(string, []string, []T) bool { return false }
 
 func (e *memEngine[T]) remove(old *Entry[T]) { e.change(EventDelete, old, nil) }
 

@@ -139,111 +139,26 @@ type SQLiteOptions[T any] struct {
 // Several processes, and several stores of different types that keep to their own kinds, may have
 // one file open. The package must be built with cgo.
 func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
-	if opts.Codec == nil {
-		opts.Codec = JSON{}
-	}
-	e := &sqliteEngine{busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes,
+	codec := cmp.Or[Codec](opts.Codec, JSON{})
+	e := &sqliteEngine{mode: "rwc", busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes,
 		slots: make(chan struct{}, readers), turn: make(chan struct{}, 1),
 		waiting: make(chan *request, 64), wake: make(chan struct{}, 1)}
 	if err := e.open(opts.DSN, opts.DisableWAL); err != nil {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", opts.DSN, err))
 	}
-	c := newCore(e, opts.StoreOptions, encoder[T](opts.Codec), decoder[T](opts.Codec), bytes.Equal)
-	c.streams = e.wal
-	c.hub.tail = func(since int64, stop <-chan struct{}) { tail(e, &c.hub, since, stop) }
-	return c, nil
-}
-
-// dsn is a parsed DSN.
-type dsn struct {
-	path        string // absolute, since the program may change its directory; "" is ":memory:"
-	mode        string
-	immutable   bool
-	synchronous string
-	busyTimeout time.Duration
-}
-
-func parseDSN(text string) (d dsn, err error) {
-	d = dsn{mode: "rwc", synchronous: "FULL", busyTimeout: 5 * time.Second}
-	u := &url.URL{Path: text}
-	if strings.HasPrefix(text, "file:") {
-		if u, err = url.Parse(text); err != nil {
-			return d, err
-		}
-		if u.Opaque != "" {
-			u.Path, err = url.PathUnescape(u.Opaque)
-		}
-	} else if name, params, ok := strings.Cut(text, "?"); ok {
-		err = fmt.Errorf("a path with a ? is ambiguous: write file:%s?%s for parameters, or file:%s for that very name",
-			(&url.URL{Path: name}).EscapedPath(), params, u.EscapedPath())
-	}
-	params, bad := url.ParseQuery(u.RawQuery)
-	err = cmp.Or(err, bad)
-	for _, name := range slices.Sorted(maps.Keys(params)) { // so that of two names for one thing the same wins each time
-		value, ok := params[name][len(params[name])-1], true
-		switch name {
-		case "mode":
-			d.mode = value
-			ok = value == "ro" || value == "rw" || value == "rwc"
-		case "immutable":
-			d.immutable, bad = strconv.ParseBool(value)
-			ok = bad == nil
-		case "_synchronous", "_sync":
-			d.synchronous = strings.ToUpper(value)
-			ok = slices.Contains([]string{"0", "OFF", "1", "NORMAL", "2", "FULL", "3", "EXTRA"}, d.synchronous)
-		case "_busy_timeout", "_timeout":
-			ms, bad := strconv.ParseUint(value, 10, 31)
-			d.busyTimeout, ok = time.Duration(ms)*time.Millisecond, bad == nil
-		case "cache": // shared, it would only bring "table is locked"
-		default:
-			return d, fmt.Errorf("unknown parameter %q", name)
-		}
-		if !ok {
-			return d, fmt.Errorf("parameter %s can't be %q", name, value)
-		}
-	}
-	if d.immutable {
-		d.mode = "ro"
-	}
-	switch {
-	case err != nil || u.Path == ":memory:":
-	case u.User != nil || u.Host != "" && u.Host != "localhost":
-		err = fmt.Errorf("a file: URI can't name the host %q, nor a user", u.Host)
-	case u.Path == "":
-		err = errors.New(`DSN required: a path, a file: URI or ":memory:"`)
-	case strings.Contains(u.Path, "\x00"):
-		err = errors.New("a NUL byte in the path")
-	case os.IsPathSeparator(u.Path[len(u.Path)-1]): // SQLite would leave it out, and make a file
-		err = errors.New("a directory's path")
-	case filepath.IsAbs(u.Path):
-		d.path = u.Path
-	case filepath.VolumeName(strings.TrimPrefix(u.Path, "/")) != "": // file:///C:/..., on Windows
-		d.path = strings.TrimPrefix(u.Path, "/")
-	default: // filepath.Abs would take .. for the parent, where it may follow a link
-		d.path, err = os.Getwd()
-		d.path += string(filepath.Separator) + u.Path
-	}
-	return d, err
-}
-
-func (d *dsn) private() bool  { return d.path == "" }
-func (d *dsn) readOnly() bool { return d.mode == "ro" }
-
-// uri is what the driver is given. A connection has one user at a time: SQLite needs no mutex.
-func (d *dsn) uri() string {
-	params := fmt.Sprintf("?_mutex=no&_stmt_cache_size=32&_synchronous=%s&_busy_timeout=%d", d.synchronous, lockPoll.Milliseconds())
-	if d.private() {
-		return ":memory:" + params
-	}
-	path := strings.TrimPrefix(filepath.ToSlash(d.path), "/") // C:/... has none
-	return fmt.Sprintf("file:///%s%s&mode=%s&immutable=%t", (&url.URL{Path: path}).EscapedPath(), params, d.mode, d.immutable)
+	st := newStore(&core[T, []byte]{engine: e, options: opts.StoreOptions, equal: bytes.Equal,
+		encode: encoder[T](codec), decode: decoder[T](codec), streams: e.wal})
+	st.hub.tail, st.hub.wake = func(since int64) { tail(e, &st.hub, since) }, e.wake
+	return st, nil
 }
 
 // sqliteEngine keeps encoded values in a SQLite file.
 //
 // Locks are taken in this order: turn or slots, gate, then mu.
 type sqliteEngine struct {
-	dsn          dsn
+	path         string // absolute, since the program may change its directory; "" is ":memory:"
+	uri          string // for the driver, but for the mode
+	mode         string
 	busyTimeout  time.Duration
 	historyBytes int64
 	wal          bool          // else readers and writers wait for each other, at gate
@@ -263,18 +178,17 @@ type sqliteEngine struct {
 }
 
 func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
-	if s.dsn, err = parseDSN(text); err != nil {
-		return err
-	}
 	if s.busyTimeout < 0 {
 		return fmt.Errorf("negative BusyTimeout %v", s.busyTimeout)
 	}
 	if s.historyBytes < 0 {
 		return fmt.Errorf("negative HistoryBytes %d", s.historyBytes)
 	}
-	s.busyTimeout = cmp.Or(s.busyTimeout, s.dsn.busyTimeout)
+	if err = s.parse(text); err != nil {
+		return err
+	}
 	s.historyBytes = cmp.Or(s.historyBytes, 16<<20)
-	if file, err := os.Stat(s.dsn.path); err == nil && !file.Mode().IsRegular() {
+	if file, err := os.Stat(s.path); err == nil && !file.Mode().IsRegular() {
 		return errors.New("not a regular file") // opening a FIFO might never return
 	}
 	c, err := s.connect()
@@ -282,19 +196,19 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 		return err
 	}
 	s.idle = []*conn{c}
-	if !s.dsn.private() {
-		s.file, err = os.Stat(s.dsn.path)
+	if s.path != "" {
+		s.file, err = os.Stat(s.path)
 	}
 	if err == nil {
 		err = s.prepare(c, disableWAL)
 	}
-	s.dsn.mode = strings.TrimSuffix(s.dsn.mode, "c") // the file is there now
+	s.mode = strings.TrimSuffix(s.mode, "c") // the file is there now
 	if err != nil {
 		// If c were the last to close, SQLite would take into the file what a crash left in a WAL; a
 		// connection that only reads leaves it.
-		file, _ := filepath.EvalSymlinks(s.dsn.path)
+		file, _ := filepath.EvalSymlinks(s.path)
 		if wal, err := os.Stat(file + "-wal"); err == nil && wal.Size() > 0 {
-			s.dsn.mode = "ro"
+			s.mode = "ro"
 			if last, err := s.connect(); err == nil {
 				last.exec("PRAGMA user_version")
 				defer last.Close()
@@ -305,22 +219,93 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	return err
 }
 
+// parse takes what the DSN says into s.
+func (s *sqliteEngine) parse(text string) (err error) {
+	u := &url.URL{Path: text}
+	if strings.HasPrefix(text, "file:") {
+		if u, err = url.Parse(text); err != nil {
+			return err
+		}
+		if u.Opaque != "" {
+			u.Path, err = url.PathUnescape(u.Opaque)
+		}
+	} else if name, params, ok := strings.Cut(text, "?"); ok {
+		err = fmt.Errorf("a path with a ? is ambiguous: write file:%s?%s for parameters, or file:%s for that very name",
+			(&url.URL{Path: name}).EscapedPath(), params, u.EscapedPath())
+	}
+	params, bad := url.ParseQuery(u.RawQuery)
+	err = cmp.Or(err, bad)
+	synchronous, immutable, wait := "FULL", false, uint64(5000)
+	for _, name := range slices.Sorted(maps.Keys(params)) { // so that of two names for one thing the same wins each time
+		value, ok := params[name][len(params[name])-1], true
+		switch name {
+		case "mode":
+			s.mode, ok = value, value == "ro" || value == "rw" || value == "rwc"
+		case "immutable":
+			immutable, bad = strconv.ParseBool(value)
+			ok = bad == nil
+		case "_synchronous", "_sync":
+			synchronous = strings.ToUpper(value)
+			ok = slices.Contains([]string{"0", "OFF", "1", "NORMAL", "2", "FULL", "3", "EXTRA"}, synchronous)
+		case "_busy_timeout", "_timeout":
+			wait, bad = strconv.ParseUint(value, 10, 31)
+			ok = bad == nil
+		case "cache": // shared, it would only bring "table is locked"
+		default:
+			return fmt.Errorf("unknown parameter %q", name)
+		}
+		if !ok {
+			return fmt.Errorf("parameter %s can't be %q", name, value)
+		}
+	}
+	if immutable {
+		s.mode = "ro"
+	}
+	s.busyTimeout = cmp.Or(s.busyTimeout, time.Duration(wait)*time.Millisecond)
+	switch {
+	case err != nil || u.Path == ":memory:":
+	case u.User != nil || u.Host != "" && u.Host != "localhost":
+		err = fmt.Errorf("a file: URI can't name the host %q, nor a user", u.Host)
+	case u.Path == "":
+		err = errors.New(`DSN required: a path, a file: URI or ":memory:"`)
+	case strings.Contains(u.Path, "\x00"):
+		err = errors.New("a NUL byte in the path")
+	case os.IsPathSeparator(u.Path[len(u.Path)-1]): // SQLite would leave it out, and make a file
+		err = errors.New("a directory's path")
+	case filepath.IsAbs(u.Path):
+		s.path = u.Path
+	case filepath.VolumeName(strings.TrimPrefix(u.Path, "/")) != "": // file:///C:/..., on Windows
+		s.path = strings.TrimPrefix(u.Path, "/")
+	default: // filepath.Abs would take .. for the parent, where it may follow a link
+		s.path, err = os.Getwd()
+		s.path += string(filepath.Separator) + u.Path
+	}
+	s.uri = ":memory:"
+	if s.path != "" {
+		path := strings.TrimPrefix(filepath.ToSlash(s.path), "/") // C:/... has none
+		s.uri = "file:///" + (&url.URL{Path: path}).EscapedPath()
+	}
+	// A connection has one user at a time: SQLite needs no mutex.
+	s.uri += fmt.Sprintf("?_mutex=no&_stmt_cache_size=32&_synchronous=%s&_busy_timeout=%d&immutable=%t&mode=",
+		synchronous, lockPoll.Milliseconds(), immutable)
+	return err
+}
+
 // prepare sees to it that the file has the schema.
 func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 	var script string
-	look := func() (err error) {
+	err := c.transaction("BEGIN", func() (err error) {
 		script, err = c.inspect()
 		return err
-	}
-	err := c.transaction("BEGIN", look)
+	})
 	switch {
 	case err != nil:
 		return err
-	case script != "" && s.dsn.readOnly():
+	case script != "" && s.mode == "ro":
 		return errors.New("not a Zestor file of this version: it would have to be made or upgraded, and is opened read-only")
 	case script != "":
 		err = c.transaction("BEGIN IMMEDIATE", func() error {
-			err := look() // another process may have been faster
+			script, err := c.inspect() // another process may have been faster
 			if err == nil && script != "" {
 				_, err = c.Conn.(driver.ExecerContext).ExecContext(context.Background(), script, nil)
 			}
@@ -328,7 +313,7 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 		})
 	}
 	mode := "PRAGMA journal_mode = WAL"
-	if disableWAL || s.dsn.readOnly() {
+	if disableWAL || s.mode == "ro" {
 		mode = "PRAGMA journal_mode"
 	}
 	s.wal = err == nil && as[string](c.value(mode)) == "wal" // a file in use, or that can't have a WAL, keeps its mode
@@ -382,10 +367,9 @@ type conn struct {
 	engine      *sqliteEngine
 	busyTimeout time.Duration
 	args        []driver.NamedValue
-	cursors     int   // rows being read
-	done        bool  // not to be kept
-	dead        bool  // given back and not kept
-	err         error // SQLite's first since the connection was borrowed; nothing is run after it
+	reading     []driver.Rows // what is not read to its end yet
+	done        bool          // not to be kept
+	err         error         // SQLite's first since the connection was borrowed; nothing is run after it
 
 	changes, logged int64 // in this transaction: rows, and bytes
 }
@@ -397,7 +381,7 @@ func (s *sqliteEngine) connect() (*conn, error) {
 	}
 	c := &conn{engine: s, busyTimeout: s.busyTimeout}
 	return c, c.retry(func() (err error) {
-		c.Conn, err = new(sqlite3.SQLiteDriver).Open(s.dsn.uri())
+		c.Conn, err = new(sqlite3.SQLiteDriver).Open(s.uri + s.mode)
 		return err
 	})
 }
@@ -408,11 +392,11 @@ func (s *sqliteEngine) moved() error {
 	if s.file == nil {
 		return nil
 	}
-	file, err := os.Stat(s.dsn.path)
+	file, err := os.Stat(s.path)
 	if err == nil && os.SameFile(file, s.file) {
 		return nil
 	}
-	err = cmp.Or(err, fmt.Errorf("%s is another file", s.dsn.path))
+	err = cmp.Or(err, fmt.Errorf("%s is another file", s.path))
 	return fmt.Errorf("the file was removed or replaced while it was open: %w", err)
 }
 
@@ -453,12 +437,10 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 		if c.err != nil {
 			return
 		}
-		c.cursors++
+		c.reading = append(c.reading, rows)
 		defer func() {
 			rows.Close()
-			if c.cursors--; c.cursors == 0 && c.dead {
-				c.Close()
-			}
+			c.reading = slices.DeleteFunc(c.reading, func(other driver.Rows) bool { return other == rows })
 		}()
 		row := make([]driver.Value, len(rows.Columns()))
 		for {
@@ -515,7 +497,7 @@ func as[T any](v driver.Value) T { t, _ := v.(T); return t }
 func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	switch {
 	case s.wal:
-	case write || s.dsn.private():
+	case write || s.path == "":
 		s.gate.Lock()
 		defer s.gate.Unlock()
 	default:
@@ -536,12 +518,14 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		// Nobody else may use what an iterator that outlived its View reads.
-		if s.dsn.private() || len(s.idle) <= readers && c.cursors == 0 && !c.done {
+		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.done {
 			s.idle = append(s.idle, c)
-		} else if c.dead = true; c.cursors == 0 { // else the iterator closes it
-			c.Close()
+			return
 		}
+		for _, rows := range c.reading { // of iterators that outlive their View, and find out when they go on
+			rows.Close()
+		}
+		c.Close()
 	}()
 	c.err, c.busyTimeout = nil, s.busyTimeout
 	err = fn(c)
@@ -665,17 +649,15 @@ func (c *conn) put(kind, key string, value []byte, version int64) {
 	c.wrote(1, len(kind)+len(key)+len(value))
 }
 
-// putMany puts what is not there already. SQLite compares, in half the time.
-func (c *conn) putMany(kind string, keys []string, values [][]byte) {
-	readOnly, revision := c.engine.dsn.readOnly(), c.revision()
-	for n := 0; len(keys) > 0 && c.err == nil; keys, values = keys[n:], values[n:] {
-		if n = 32; len(keys) < n || readOnly { // rows a statement, but few different statements
+// putMany puts what is not there already. SQLite compares, in half the time; but it refuses even a
+// write of nothing to a file that is opened read-only, for which it returns false.
+func (c *conn) putMany(kind string, keys []string, values [][]byte) bool {
+	if c.engine.mode == "ro" {
+		return false
+	}
+	for n, revision := 0, c.revision(); len(keys) > 0 && c.err == nil; keys, values = keys[n:], values[n:] {
+		if n = 32; len(keys) < n { // rows a statement, but few different statements
 			n = 1
-		}
-		if readOnly { // SQLite refuses even a write of nothing
-			if old := c.get(kind, keys[0], false); old != nil && bytes.Equal(old.Value, values[0]) {
-				continue
-			}
 		}
 		args, size := []driver.Value{kind, now()}, 0
 		for i, key := range keys[:n] {
@@ -690,6 +672,7 @@ func (c *conn) putMany(kind string, keys []string, values [][]byte) {
 		revision = c.revision() // equal values took none, and a trigger has put the others right
 		c.wrote(revision-before, size)
 	}
+	return true
 }
 
 func now() string { return time.Now().UTC().Format("2006-01-02T15:04:05.000Z") }
@@ -832,9 +815,10 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	c.err = nil // the commit has succeeded
 }
 
-// tail publishes the changes after a revision until stop is closed, or it can't have them. It looks
-// after each commit of this store, and every pollInterval for those of others.
-func tail[T any](s *sqliteEngine, h *hub[T, []byte], since int64, stop <-chan struct{}) {
+// tail publishes the changes after a revision until nobody waits for them. It looks after each commit
+// of this store, and every pollInterval for those of others.
+func tail[T any](s *sqliteEngine, h *hub[T, []byte], since int64) {
+	defer h.running.RUnlock()
 	for since >= 0 {
 		var changes []*Event[[]byte]
 		err := s.read(false, func(t snapshot[[]byte]) error {
@@ -846,14 +830,12 @@ func tail[T any](s *sqliteEngine, h *hub[T, []byte], since int64, stop <-chan st
 		if errors.Is(err, errLocked) { // which ends some time
 			err = nil
 		}
-		if since = h.publish(stop, since, err, changes...); len(changes) > 0 || err != nil {
+		if since = h.publish(since, err, changes...); since < 0 || len(changes) > 0 {
 			continue
 		}
 		select {
-		case <-s.wake:
+		case <-h.wake:
 		case <-time.After(pollInterval):
-		case <-stop:
-			return
 		}
 	}
 }

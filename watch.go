@@ -98,11 +98,11 @@ func (o *watchOptions) check() error {
 	return nil
 }
 
-func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error) {
+func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error) {
 	w := &watch[T, V]{kind: kind, wake: make(chan struct{}, 1)}
 	w.limit, w.counted.L = DefaultWatchBufferSize, &w.mu
 	var ended error // ctx's, which comes back as it is
-	err := c.call(&place{"watch", kind}, func() error {
+	err := st.call(&place{"watch", kind}, func() error {
 		for _, opt := range opts {
 			if opt != nil {
 				opt(&w.watchOptions)
@@ -120,13 +120,12 @@ func (c *core[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption
 		w.ctx, w.cancel = context.WithCancel(ctx)
 		size := int(reflect.TypeFor[Event[T]]().Size())
 		w.ch = make(chan Event[T], max(1, min(w.limit, 64, 16<<10/size))) // at most 16 KiB, or one
-		if err := c.begin(w); err != nil {
-			w.cancel()
-			c.hub.remove(w)
+		if err := st.begin(w); err != nil {
+			st.hub.remove(w)
 			return err
 		}
-		c.hub.running.RLock()
-		go c.deliver(w)
+		st.hub.running.RLock()
+		go st.deliver(w, nil)
 		return nil
 	})
 	if err != nil {
@@ -166,16 +165,14 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 }
 
 // deliver sends what is queued until the watch ends. A codec that panics or calls Goexit ends only
-// the goroutine: another goes on.
-func (c *core[T, V]) deliver(w *watch[T, V]) {
+// the goroutine: another goes on, with that failure for the first in queue.
+func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 	ended := false
 	defer func() {
 		if !ended {
-			w.failure = fmt.Errorf("codec panicked or called Goexit: %v", recover())
-			go c.deliver(w)
+			go c.deliver(w, fmt.Errorf("codec panicked or called Goexit: %v", recover()))
 			return
 		}
-		w.cancel()
 		close(w.ch)
 		c.hub.remove(w)
 		c.hub.running.RUnlock()
@@ -205,8 +202,8 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 		case ended:
 			return
 		case next != nil:
-			c.decodeEvent(w, next, &ev)
-			ch = w.ch
+			ev = c.decodeEvent(next, failure)
+			ch, failure = w.ch, nil
 			continue
 		}
 		select {
@@ -218,34 +215,34 @@ func (c *core[T, V]) deliver(w *watch[T, V]) {
 	}
 }
 
-// decodeEvent makes ev of e, which is the first in w's queue.
-func (c *core[T, V]) decodeEvent(w *watch[T, V], e *Event[V], ev *Event[T]) {
-	*ev = Event[T]{Type: e.Type, Kind: e.Kind, Key: e.Key, Version: e.Version, Revision: e.Revision, Err: e.Err}
+// decodeEvent decodes the value of a change, unless that is known to fail.
+func (c *core[T, V]) decodeEvent(e *Event[V], failure error) Event[T] {
+	ev := Event[T]{Type: e.Type, Kind: e.Kind, Key: e.Key, Version: e.Version, Revision: e.Revision, Err: e.Err}
 	if e.Type == EventSynced || e.Type == EventError {
-		return
+		return ev
 	}
-	err := w.failure
-	if w.failure = nil; err == nil {
-		ev.Value, err = c.decode(e.Value)
+	if failure == nil {
+		ev.Value, failure = c.decode(e.Value)
 	}
-	ev.Err = place{"watch", e.Kind, e.Key}.fail(err)
+	ev.Err = place{"watch", e.Kind, e.Key}.fail(failure)
+	return ev
 }
 
-// hub is the broadcast from a store's writers, or from its tail, to its watches. An engine's lock
-// may be held when mu is taken, never the other way round; mu may be held when a watch's mu is
-// taken.
+// hub is the broadcast from a store's writers, or from its tail, to its watches. Locks are taken in
+// this order: the engine's, mu, then a watch's mu.
 type hub[T, V any] struct {
-	running sync.RWMutex                            // read-locked by each watch and tail; Close locks it for good
-	watched atomic.Bool                             // whether there are watches
-	tail    func(since int64, stop <-chan struct{}) // where changes come from; nil: from the writers
+	running sync.RWMutex      // read-locked by each watch and the tail; Close locks it for good
+	watched atomic.Bool       // whether there are watches
+	tail    func(since int64) // where changes come from; nil: from the writers
+	wake    chan struct{}     // the tail's, if there is one
 
 	mu      sync.Mutex     // held while publishing, so that events stay in order
 	watches []*watch[T, V] // protected by mu
 	ended   bool           // protected by mu; the store closes
-	stop    chan struct{}  // protected by mu; ends the running tail; nil: none runs
+	tailing bool           // protected by mu; whether the tail runs, if there is one
 }
 
-// add makes w receive every change after the revision that now returns. The first watch starts a
+// add makes w receive every change after the revision that now returns. The first watch starts the
 // tail there.
 func (h *hub[T, V]) add(w *watch[T, V], now func() int64) {
 	h.mu.Lock()
@@ -255,39 +252,29 @@ func (h *hub[T, V]) add(w *watch[T, V], now func() int64) {
 	}
 	h.watches = append(h.watches, w)
 	h.watched.Store(true)
-	if h.tail != nil && h.stop == nil {
-		stop := make(chan struct{})
-		h.stop = stop
+	if h.tail != nil && !h.tailing {
+		h.tailing = true
 		h.running.RLock()
-		go func() {
-			defer h.running.RUnlock()
-			h.tail(w.from, stop)
-		}()
+		go h.tail(w.from)
 	}
 }
 
-// remove forgets w. With the last watch the tail ends.
+// remove forgets w. After the last watch the tail ends, which it is woken for.
 func (h *hub[T, V]) remove(w *watch[T, V]) {
+	w.cancel() // gives back what the context holds
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.watches = slices.DeleteFunc(h.watches, func(other *watch[T, V]) bool { return other == w })
 	h.watched.Store(len(h.watches) > 0)
-	if len(h.watches) == 0 && h.stop != nil {
-		close(h.stop)
-		h.stop = nil
-	}
+	try(h.wake, struct{}{})
 }
 
-// publish hands changes to whom they concern. If err says why the next can't be had, it ends the
-// watches that wait for it. It returns the revision after which the tail that calls it is to go on,
-// or -1 if it is to end.
-func (h *hub[T, V]) publish(tail <-chan struct{}, since int64, err error, changes ...*Event[V]) int64 {
+// publish hands changes to whom they concern. An error says why those after since can't be had: it
+// ends the watches that wait for them. The tail is to go on after next, or to end if that is -1.
+func (h *hub[T, V]) publish(since int64, err error, changes ...*Event[V]) (next int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if tail != h.stop {
-		return -1
-	}
-	next := int64(-1)
+	next = -1
 	for _, w := range h.watches {
 		for _, ev := range changes {
 			if w.from < ev.Revision && w.wants(ev) {
@@ -300,16 +287,11 @@ func (h *hub[T, V]) publish(tail <-chan struct{}, since int64, err error, change
 				end.Err = place{"watch", w.kind}.fail(err)
 			}
 			w.offer(end)
-		} else if next < 0 || w.from < next {
-			next = w.from
+		} else if at := max(since, w.from); next < 0 || at < next {
+			next = at
 		}
 	}
-	if err == nil {
-		return since
-	}
-	if next < 0 {
-		h.stop = nil // the next watch starts another
-	}
+	h.tailing = next >= 0
 	return next
 }
 
@@ -327,13 +309,12 @@ func (h *hub[T, V]) end() {
 // ch. It ends with ctx, or after an EventError.
 type watch[T, V any] struct {
 	watchOptions
-	kind    string
-	ctx     context.Context // ends with the caller's, or when the store closes
-	cancel  context.CancelFunc
-	ch      chan Event[T]
-	from    int64         // live changes come after this revision
-	wake    chan struct{} // gets a token when there is something to do
-	failure error         // deliver's; why the first in queue could not be decoded
+	kind   string
+	ctx    context.Context // ends with the caller's, or when the store closes
+	cancel context.CancelFunc
+	ch     chan Event[T]
+	from   int64         // live changes come after this revision
+	wake   chan struct{} // gets a token when there is something to do
 
 	mu      sync.Mutex
 	queue   []*Event[V] // protected by mu; what did not go into ch yet

@@ -189,8 +189,7 @@ type Watcher[T any] interface {
 // Store is a key-value store of values of type T, the same whether in memory or in SQLite. Its
 // methods may be called from any number of goroutines.
 //
-// Values are shared, not copied: a value given to the store, or received from it, must not be
-// modified.
+// Values are shared, not copied: one given to the store, or received from it, must not be modified.
 type Store[T any] interface {
 	ReadWriter[T]
 	Watcher[T]
@@ -211,9 +210,8 @@ type Store[T any] interface {
 
 	// Close waits for calls under way, ends every watch, and leaves no goroutine and no open file
 	// behind. Calls that begin meanwhile may get [ErrClosed]. A Scan that [iter.Pull] holds is under way
-	// until it is stopped; only one of a View that has returned is not waited for, and keeps its file
-	// open until then. Called again, Close returns nil, after the first has finished. A callback or
-	// the body of a Scan must not call it.
+	// until it is stopped, or the View that it is in has returned. Called again, Close returns nil,
+	// after the first has finished. A callback or the body of a Scan must not call it.
 	Close() error
 }
 
@@ -285,8 +283,7 @@ func (r Range) bounds() (lo, hi string) {
 // Below the contract: its rules, written once over the two engines. An engine's entries and events
 // are of type V: T itself in memory, its encoding in SQLite.
 
-// snapshot is one consistent state of an engine. What goes through it with each ends when that
-// returns false.
+// snapshot is one consistent state of an engine. What goes through it ends when each returns false.
 type snapshot[V any] interface {
 	// get returns nil if the key is absent. Of entries that are not asked for whole, get and scan
 	// may leave out all but their names and values.
@@ -307,6 +304,8 @@ type snapshot[V any] interface {
 type transaction[V any] interface {
 	snapshot[V]
 	put(kind, key string, value V, version int64)
+	// putMany puts those that differ, or returns false: the engine has no quicker way than put.
+	putMany(kind string, keys []string, values []V) bool
 	remove(old *Entry[V])
 }
 
@@ -320,9 +319,8 @@ type engine[V any] interface {
 	close() error
 }
 
-// core is a store over an engine.
+// core is what a store and its transactions share.
 type core[T, V any] struct {
-	writer[T, V]
 	engine  engine[V]
 	options StoreOptions[T]
 	nilable bool                                       // a T can be a nil pointer
@@ -336,135 +334,127 @@ type core[T, V any] struct {
 	repeats atomic.Bool // the last Set changed nothing, so the next may not either
 }
 
-// reader reads for a store or a transaction. View hands it out: no writer can be made of it.
-type reader[T, V any] struct {
-	c  *core[T, V]
-	tx *tx[V] // nil: a store
+// store is a store over an engine, or what a View or Update sees of it.
+type store[T, V any] struct {
+	*core[T, V]
+	tx     snapshot[V]    // nil: the store itself
+	change transaction[V] // tx in Update, else nil
+	done   atomic.Bool    // View or Update has returned
 }
 
-// writer is the same for writes.
-type writer[T, V any] struct{ reader[T, V] }
-
-// tx is what a View or Update works in.
-type tx[V any] struct {
-	snapshot[V]
-	change transaction[V] // nil in View
-	done   atomic.Bool
-}
-
-func newCore[T, V any](e engine[V], opts StoreOptions[T], encode func(kind, key string, value T) (V, error),
-	decode func(V) (T, error), equal func(prev, next V) bool) *core[T, V] {
-	opts.ValidateFns = maps.Clone(opts.ValidateFns)
+func newStore[T, V any](c *core[T, V]) *store[T, V] {
+	c.options.ValidateFns = maps.Clone(c.options.ValidateFns)
 	kind := reflect.TypeFor[T]().Kind()
-	c := &core[T, V]{engine: e, options: opts, encode: encode, decode: decode, equal: equal,
-		nilable: kind == reflect.Pointer || kind == reflect.Interface}
-	c.c = c
-	return c
+	c.nilable = kind == reflect.Pointer || kind == reflect.Interface
+	return &store[T, V]{core: c}
 }
 
-func (c *core[T, V]) View(fn func(tx Reader[T]) error) error {
+func (st *store[T, V]) View(fn func(tx Reader[T]) error) error {
 	var own error // fn's, which comes back as it is
-	err := c.call(&place{"view"}, func() error {
+	err := st.call(&place{"view"}, func() error {
 		if fn == nil {
 			return errNilFunc
 		}
-		return c.engine.read(true, func(s snapshot[V]) error {
+		return st.engine.read(true, func(s snapshot[V]) error {
 			s.revision() // SQLite takes the snapshot at the first read
-			r := reader[T, V]{c, &tx[V]{snapshot: s}}
-			defer r.tx.done.Store(true)
-			own = fn(r)
+			tx := &store[T, V]{core: st.core, tx: s}
+			defer tx.done.Store(true)
+			own = fn(struct{ Reader[T] }{tx}) // of which no writer can be made
 			return own
 		})
 	})
 	return cmp.Or(own, err)
 }
 
-func (c *core[T, V]) Update(fn func(tx ReadWriter[T]) error) error {
+func (st *store[T, V]) Update(fn func(tx ReadWriter[T]) error) error {
 	var own error // fn's, which comes back as it is
-	err := c.call(&place{"update"}, func() error {
+	err := st.call(&place{"update"}, func() error {
 		if fn == nil {
 			return errNilFunc
 		}
-		return c.engine.write(false, func(t transaction[V]) error {
-			w := writer[T, V]{reader[T, V]{c, &tx[V]{snapshot: t, change: t}}}
-			defer w.tx.done.Store(true)
-			own = fn(w)
+		return st.engine.write(false, func(t transaction[V]) error {
+			tx := &store[T, V]{core: st.core, tx: t, change: t}
+			defer tx.done.Store(true)
+			own = fn(struct{ ReadWriter[T] }{tx})
 			return own
 		})
 	})
 	return cmp.Or(own, err)
 }
 
-func (c *core[T, V]) Close() (err error) {
-	c.closing.Do(func() {
-		c.hub.end() // first, so that the body of a Scan that waits for a watch comes to its end
-		c.open.Lock()
-		c.hub.running.Lock()
-		err = place{"close"}.fail(c.engine.close())
+func (st *store[T, V]) Close() (err error) {
+	st.closing.Do(func() {
+		st.hub.end() // first, so that the body of a Scan that waits for a watch comes to its end
+		st.open.Lock()
+		st.hub.running.Lock()
+		err = place{"close"}.fail(st.engine.close())
 	})
 	return err
 }
 
 // call is the frame of every method: it enters the store or transaction, checks the names, and
 // wraps the error in where fn has come to.
-func (r reader[T, V]) call(at *place, fn func() error) error {
+func (st *store[T, V]) call(at *place, fn func() error) error {
 	switch {
-	case r.tx != nil && r.tx.done.Load():
+	case st.done.Load():
 		return at.fail(ErrTxDone)
-	case r.tx == nil && !r.c.open.TryRLock(): // also while Close waits, lest it and a Scan's body wait for each other
+	case st.tx == nil && !st.open.TryRLock(): // also while Close waits, lest it and a Scan's body wait for each other
 		return at.fail(ErrClosed)
-	case r.tx == nil:
-		defer r.c.open.RUnlock()
+	case st.tx == nil:
+		defer st.open.RUnlock()
 	}
 	err := at.check()
 	if err == nil {
 		err = fn()
 	}
+	if err == nil && st.done.Load() { // a Scan, with iter.Pull, may outlive its View
+		err = ErrTxDone
+	}
 	return at.fail(err)
 }
 
-// read runs fn in the transaction that r is in, or in a snapshot of its own.
-func (r reader[T, V]) read(lasts bool, fn func(snapshot[V])) error {
-	if r.tx != nil {
-		fn(r.tx)
-		return r.tx.failure()
+// read runs fn in the transaction that st is, or in a snapshot of its own.
+func (st *store[T, V]) read(lasts bool, fn func(snapshot[V])) error {
+	if st.tx != nil {
+		fn(st.tx)
+		return st.tx.failure()
 	}
-	return r.c.engine.read(lasts, func(s snapshot[V]) error {
+	return st.engine.read(lasts, func(s snapshot[V]) error {
 		fn(s)
 		return nil
 	})
 }
 
 // query is a method that reads once.
-func query[T, V, R any](r reader[T, V], at place, fn func(snapshot[V]) R) (result R, err error) {
-	err = r.call(&at, func() error {
-		return r.read(false, func(s snapshot[V]) { result = fn(s) })
+func query[T, V, R any](st *store[T, V], at place, fn func(snapshot[V]) R) (result R, err error) {
+	err = st.call(&at, func() error {
+		return st.read(false, func(s snapshot[V]) { result = fn(s) })
 	})
 	return result, err
 }
 
-func (r reader[T, V]) Get(kind, key string) (value T, ok bool, err error) {
-	e, ok, err := r.entry(place{"get", kind, key}, false)
+func (st *store[T, V]) Get(kind, key string) (value T, ok bool, err error) {
+	e, ok, err := st.entry(place{"get", kind, key}, false)
 	return e.Value, ok && err == nil, err
 }
 
-func (r reader[T, V]) GetEntry(kind, key string) (Entry[T], bool, error) {
-	return r.entry(place{"getentry", kind, key}, true)
+func (st *store[T, V]) GetEntry(kind, key string) (Entry[T], bool, error) {
+	return st.entry(place{"getentry", kind, key}, true)
 }
 
-func (r reader[T, V]) entry(at place, whole bool) (e Entry[T], ok bool, err error) {
-	err = r.call(&at, func() error {
-		found, err := r.look(at[1], at[2], whole)
+func (st *store[T, V]) entry(at place, whole bool) (e Entry[T], ok bool, err error) {
+	err = st.call(&at, func() error {
+		found, err := st.look(at[1], at[2], whole)
 		if ok = found != nil && err == nil; ok {
-			e, err = r.c.entryOf(found)
+			e, err = st.entryOf(found)
 		}
 		return err
 	})
 	return e, ok, err
 }
 
-func (r reader[T, V]) List(kind string, filters ...FilterFunc[T]) (list map[string]T, err error) {
-	err = r.entries(place{"list", kind}, kind, false, func(entries []Entry[T]) {
+func (st *store[T, V]) List(kind string, filters ...FilterFunc[T]) (list map[string]T, err error) {
+	err = st.entries(place{"list", kind}, kind, false, func(entries []Entry[T]) {
 		list = make(map[string]T, len(entries))
 		for _, e := range entries {
 			drops := func(keep FilterFunc[T]) bool { return keep != nil && !keep(e.Key, e.Value) }
@@ -476,21 +466,21 @@ func (r reader[T, V]) List(kind string, filters ...FilterFunc[T]) (list map[stri
 	return list, err
 }
 
-func (r reader[T, V]) Keys(kind string) ([]string, error) {
-	return query(r, place{"keys", kind}, func(s snapshot[V]) []string { return s.keys(kind) })
+func (st *store[T, V]) Keys(kind string) ([]string, error) {
+	return query(st, place{"keys", kind}, func(s snapshot[V]) []string { return s.keys(kind) })
 }
 
-func (r reader[T, V]) Values(kind string) (values []Entry[T], err error) {
-	err = r.entries(place{"values", kind}, kind, true, func(entries []Entry[T]) { values = entries })
+func (st *store[T, V]) Values(kind string) (values []Entry[T], err error) {
+	err = st.entries(place{"values", kind}, kind, true, func(entries []Entry[T]) { values = entries })
 	return values, err
 }
 
-func (r reader[T, V]) Count(kind string) (int, error) {
-	return query(r, place{"count", kind}, func(s snapshot[V]) int { return s.count(kind) })
+func (st *store[T, V]) Count(kind string) (int, error) {
+	return query(st, place{"count", kind}, func(s snapshot[V]) int { return s.count(kind) })
 }
 
-func (r reader[T, V]) GetAll() (all map[string]map[string]T, err error) {
-	err = r.entries(place{"getall"}, "", false, func(entries []Entry[T]) {
+func (st *store[T, V]) GetAll() (all map[string]map[string]T, err error) {
+	err = st.entries(place{"getall"}, "", false, func(entries []Entry[T]) {
 		all = make(map[string]map[string]T)
 		for _, e := range entries {
 			if all[e.Kind] == nil {
@@ -502,29 +492,24 @@ func (r reader[T, V]) GetAll() (all map[string]map[string]T, err error) {
 	return all, err
 }
 
-func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
+func (st *store[T, V]) Scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		stopped := false
-		outlived := func() bool { return r.tx != nil && r.tx.done.Load() } // with iter.Pull
 		each := func(e *Entry[V]) bool {
-			entry, err := r.c.entryOf(e)
+			entry, err := st.entryOf(e)
 			stopped = !yield(entry, place{"scan", e.Kind, e.Key}.fail(err))
-			return !stopped && !outlived()
+			return !stopped && !st.done.Load()
 		}
-		err := r.call(&place{"scan", kind}, func() (err error) {
+		err := st.call(&place{"scan", kind}, func() error {
 			switch {
-			case rg.Limit < 0:
-				err = fmt.Errorf("negative limit %d", rg.Limit)
-			case r.c.streams && (r.tx == nil || r.tx.change == nil):
-				err = r.read(true, func(s snapshot[V]) { s.scan(kind, rg, true, each) })
-			default:
-				var rows []Entry[V]
-				err = r.read(false, func(s snapshot[V]) { rows = collect(s, kind, rg, true) })
-				for i := 0; err == nil && i < len(rows) && each(&rows[i]); i++ {
-				}
+			case r.Limit < 0:
+				return fmt.Errorf("negative limit %d", r.Limit)
+			case st.streams && st.change == nil:
+				return st.read(true, func(s snapshot[V]) { s.scan(kind, r, true, each) })
 			}
-			if err == nil && outlived() {
-				err = ErrTxDone
+			var rows []Entry[V]
+			err := st.read(false, func(s snapshot[V]) { rows = collect(s, kind, r, true) })
+			for i := 0; err == nil && i < len(rows) && each(&rows[i]); i++ {
 			}
 			return err
 		})
@@ -534,70 +519,70 @@ func (r reader[T, V]) Scan(kind string, rg Range) iter.Seq2[Entry[T], error] {
 	}
 }
 
-func (r reader[T, V]) Revision() (int64, error) {
-	return query(r, place{"revision"}, snapshot[V].revision)
+func (st *store[T, V]) Revision() (int64, error) {
+	return query(st, place{"revision"}, snapshot[V].revision)
 }
 
-func (w writer[T, V]) Set(kind, key string, value T) (SetResult, error) {
-	version, _, err := w.set(place{"set", kind, key}, value, nil)
+func (st *store[T, V]) Set(kind, key string, value T) (SetResult, error) {
+	version, _, err := st.set(place{"set", kind, key}, value, nil)
 	return SetResult(min(version, int64(SetUpdated))), err
 }
 
-func (w writer[T, V]) SetIf(kind, key string, value T, revision int64) (int64, error) {
-	_, newRevision, err := w.set(place{"setif", kind, key}, value, &revision)
+func (st *store[T, V]) SetIf(kind, key string, value T, revision int64) (int64, error) {
+	_, newRevision, err := st.set(place{"setif", kind, key}, value, &revision)
 	return newRevision, err
 }
 
 // set stores a value, and returns its version, or 0 if that is no change. For SetIf, want is the
 // revision to be replaced, and the new one is returned.
-func (w writer[T, V]) set(at place, value T, want *int64) (version, revision int64, err error) {
+func (st *store[T, V]) set(at place, value T, want *int64) (version, revision int64, err error) {
 	kind, key := at[1], at[2]
-	err = w.call(&at, func() error {
-		v, err := w.c.check(kind, key, value)
+	err = st.call(&at, func() error {
+		v, err := st.check(kind, key, value)
 		if err != nil {
 			return err
 		}
-		if w.tx == nil && want == nil && w.c.repeats.Load() {
+		if st.tx == nil && want == nil && st.repeats.Load() {
 			// Find out without locking other writers out.
-			old, err := w.look(kind, key, false)
-			if err != nil || old != nil && w.c.same(old.Value, value, v) {
+			old, err := st.look(kind, key, false)
+			if err != nil || old != nil && st.same(old.Value, value, v) {
 				return err
 			}
 		}
-		return w.write(w.c.options.CompareFn == nil, func(t transaction[V]) (err error) {
-			version, revision, err = w.c.put(t, kind, key, value, v, want)
+		return st.write(st.options.CompareFn == nil, func(t transaction[V]) (err error) {
+			version, revision, err = st.put(t, kind, key, value, v, want)
 			return err
 		})
 	})
 	if err != nil {
 		return 0, 0, err // also where the commit failed
 	}
-	w.c.repeats.Store(version == 0)
+	st.repeats.Store(version == 0)
 	return version, revision, nil
 }
 
-func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error) {
-	err = w.call(&place{"setfn", kind, key}, func() error {
+func (st *store[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error) {
+	err = st.call(&place{"setfn", kind, key}, func() error {
 		if fn == nil {
 			return errNilFunc
 		}
-		return w.write(false, func(t transaction[V]) error {
+		return st.write(false, func(t transaction[V]) error {
 			old := t.get(kind, key, true)
 			if old == nil {
 				return ErrKeyNotFound
 			}
-			value, err := w.c.decode(old.Value)
+			value, err := st.decode(old.Value)
 			if err == nil {
 				value, err = fn(value)
 			}
 			if err != nil {
 				return err
 			}
-			v, err := w.c.check(kind, key, value)
+			v, err := st.check(kind, key, value)
 			if err != nil {
 				return err
 			}
-			version, _, err := w.c.put(t, kind, key, value, v, nil)
+			version, _, err := st.put(t, kind, key, value, v, nil)
 			changed = version > 0
 			return err
 		})
@@ -605,15 +590,15 @@ func (w writer[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (chan
 	return changed && err == nil, err
 }
 
-func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
+func (st *store[T, V]) SetMany(kind string, values map[string]T) error {
 	at := place{"setmany", kind} // and the key that it has come to
 	keys := slices.Sorted(maps.Keys(values))
 	encoded := make([]V, len(keys))
-	return w.call(&at, func() (err error) {
+	return st.call(&at, func() (err error) {
 		for i, key := range keys {
 			at = append(at[:2], key)
 			if err = at.check(); err == nil {
-				encoded[i], err = w.c.check(kind, key, values[key])
+				encoded[i], err = st.check(kind, key, values[key])
 			}
 			if err != nil {
 				return err
@@ -622,16 +607,15 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 		if at = at[:2]; len(keys) == 0 {
 			return nil
 		}
-		return w.write(false, func(t transaction[V]) error {
-			if bulk, ok := t.(interface{ putMany(string, []string, []V) }); ok && w.c.options.CompareFn == nil {
-				bulk.putMany(kind, keys, encoded)
+		return st.write(false, func(t transaction[V]) error {
+			if st.options.CompareFn == nil && t.putMany(kind, keys, encoded) {
 				return nil
 			}
 			versions := make([]int64, len(keys))
 			for i, key := range keys { // before anything is written, since CompareFn may panic
 				if old := t.get(kind, key, true); old == nil {
 					versions[i] = 1
-				} else if !w.c.same(old.Value, values[key], encoded[i]) {
+				} else if !st.same(old.Value, values[key], encoded[i]) {
 					versions[i] = old.Version + 1
 				}
 			}
@@ -645,24 +629,23 @@ func (w writer[T, V]) SetMany(kind string, values map[string]T) error {
 	})
 }
 
-func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
-	var value T
-	err = w.call(&place{"delete", kind, key}, func() error {
-		old, err := w.look(kind, key, true)
+func (st *store[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
+	err = st.call(&place{"delete", kind, key}, func() error {
+		old, err := st.look(kind, key, true)
 		if err != nil || old == nil {
 			return err
 		}
-		value, _ = w.c.decode(old.Value)
+		prev, _ = st.decode(old.Value)
 		// It is decoded before, since a codec that panics must leave the key, and outside, since a
 		// shared transaction runs no codec. If somebody has written in between, one does that is not.
 		for _, shared := range []bool{true, false} {
-			err = w.write(shared, func(t transaction[V]) error {
+			err = st.write(shared, func(t transaction[V]) error {
 				now := t.get(kind, key, true)
 				if existed = now != nil && (!shared || now.Revision == old.Revision); !existed {
 					return nil
 				}
 				if !shared {
-					value, _ = w.c.decode(now.Value)
+					prev, _ = st.decode(now.Value)
 				}
 				t.remove(now)
 				return nil
@@ -673,24 +656,24 @@ func (w writer[T, V]) Delete(kind, key string) (existed bool, prev T, err error)
 		}
 		return nil
 	})
-	if existed = existed && err == nil; existed {
-		prev = value
+	if err != nil || !existed {
+		return false, *new(T), err
 	}
-	return existed, prev, err
+	return true, prev, nil
 }
 
-// write runs fn in the Update that w is in, or in a transaction of its own.
-func (w writer[T, V]) write(shared bool, fn func(transaction[V]) error) error {
-	if w.tx != nil {
-		err := fn(w.tx.change)
-		return cmp.Or(w.tx.failure(), err)
+// write runs fn in the Update that st is, or in a transaction of its own.
+func (st *store[T, V]) write(shared bool, fn func(transaction[V]) error) error {
+	if st.change != nil {
+		err := fn(st.change)
+		return cmp.Or(st.tx.failure(), err)
 	}
-	return w.c.engine.write(shared, fn)
+	return st.engine.write(shared, fn)
 }
 
 // look reads an entry.
-func (r reader[T, V]) look(kind, key string, whole bool) (e *Entry[V], err error) {
-	err = r.read(false, func(s snapshot[V]) { e = s.get(kind, key, whole) })
+func (st *store[T, V]) look(kind, key string, whole bool) (e *Entry[V], err error) {
+	err = st.read(false, func(s snapshot[V]) { e = s.get(kind, key, whole) })
 	return e, err
 }
 
@@ -745,13 +728,13 @@ func (c *core[T, V]) entryOf(r *Entry[V]) (Entry[T], error) {
 }
 
 // entries decodes a kind, or all, after giving back what reading it took.
-func (r reader[T, V]) entries(at place, kind string, whole bool, use func([]Entry[T])) error {
-	return r.call(&at, func() error {
+func (st *store[T, V]) entries(at place, kind string, whole bool, use func([]Entry[T])) error {
+	return st.call(&at, func() error {
 		var rows []Entry[V]
-		err := r.read(false, func(s snapshot[V]) { rows = collect(s, kind, Range{}, whole) })
+		err := st.read(false, func(s snapshot[V]) { rows = collect(s, kind, Range{}, whole) })
 		entries := make([]Entry[T], len(rows))
 		for i := 0; i < len(rows) && err == nil; i++ {
-			if entries[i], err = r.c.entryOf(&rows[i]); err != nil {
+			if entries[i], err = st.entryOf(&rows[i]); err != nil {
 				at = place{at[0], rows[i].Kind, rows[i].Key}
 			}
 		}
