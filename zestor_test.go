@@ -6212,25 +6212,33 @@ func TestWatchLockedOut(t *testing.T) {
 	rwEq(t, rwT(<-events), zestor.Event[string]{Type: zestor.EventUpdate, Kind: "k", Key: "a", Value: "2", Version: 2, Revision: 2})
 }
 
-// A Scan that outlives its View gives everything back when it ends.
+// A Scan that outlives its View holds nothing.
 func TestScanOutlivesView(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
 	before := rwFiles(t)
 	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
 	check(t, s.SetMany("k", map[string]string{"a": "1", "b": "2"}))
+	var nexts []func() (zestor.Entry[string], error, bool)
 	for range 20 {
-		var stop func()
 		rwView(t, s, func(tx zestor.Reader[string]) {
-			next, end := iter.Pull2(tx.Scan("k", zestor.Range{}))
-			next()
-			stop = end
+			next, stop := iter.Pull2(tx.Scan("k", zestor.Range{}))
+			t.Cleanup(stop)
+			e, err, ok := next()
+			rwEq(t, rwT(e.Key, ok, err), "a", true, nil)
+			nexts = append(nexts, next)
 		})
-		stop()
 	}
+	_, err, ok := nexts[0]()
+	rwIs(t, err, zestor.ErrTxDone)
+	rwEq(t, rwT(ok), true)
 	fileOK(t)(s.Set("k", "a", "3"))
 	check(t, s.Close())
 	rwEq(t, rwT(rwFiles(t)), before)
 	rwEq(t, rwT(slices.Collect(maps.Keys(fileTree(t, filepath.Dir(path))))), []string{"a.db"})
+	for _, next := range nexts[1:] {
+		_, err, _ := next()
+		rwIs(t, err, zestor.ErrTxDone)
+	}
 }
 
 // A watch of large values has no room for many of them.
