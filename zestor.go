@@ -195,8 +195,8 @@ type Store[T any] interface {
 	Watcher[T]
 
 	// View calls fn with one snapshot, whatever is written meanwhile, and returns fn's error as it
-	// is. fn must not call the store, only tx, on its own goroutine; afterwards tx returns
-	// [ErrTxDone].
+	// is. fn must not call the store, nor wait for a watch, only call tx, on its own goroutine;
+	// afterwards tx returns [ErrTxDone].
 	View(fn func(tx Reader[T]) error) error
 
 	// Update calls fn in a transaction over any keys and kinds, and commits if it returns nil. If
@@ -204,8 +204,8 @@ type Store[T any] interface {
 	// and the error comes back as it is. A call that fails inside changes nothing, and fn may go on
 	// and commit the rest; but after an error of SQLite itself Update fails whatever fn returns.
 	//
-	// tx reads its own writes, and obeys the rules of View: fn must not call the store. No other
-	// change's event comes between those of one transaction.
+	// tx reads its own writes. As in View, fn must not call the store, nor wait for a watch, and tx
+	// is only its own. No other change's event comes between those of one transaction.
 	Update(fn func(tx ReadWriter[T]) error) error
 
 	// Close waits for calls under way, ends every watch, and leaves no goroutine and no open file

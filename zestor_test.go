@@ -2898,6 +2898,38 @@ func TestWatchUndecodable(t *testing.T) {
 	})
 }
 
+// A store belongs to no bubble that watches it.
+func TestWatchFromBubbles(t *testing.T) {
+	each(t, func(t *testing.T, s zestor.Store[string]) {
+		for i := range 3 {
+			synctest.Test(t, func(t *testing.T) {
+				events := watchOn(t, s, "k")
+				watchSet(t, s, "k", "a", fmt.Sprint(i))
+				rwEq(t, rwT((<-events).Revision), int64(i+1))
+			})
+		}
+		check(t, s.Close())
+	})
+}
+
+// What was delivered is the consumer's alone.
+func TestWatchKeepsNothing(t *testing.T) {
+	eachBubble(t, func(t *testing.T, s zestor.Store[*user]) {
+		events, err := s.Watch(t.Context(), "k")
+		check(t, err)
+		fileOK(t)(s.Set("k", "a", &user{Age: 1}))
+		value := weak.Make((<-events).Value)
+		_, _, err = s.Delete("k", "a")
+		check(t, err)
+		<-events
+		synctest.Wait()
+		runtime.GC()
+		if value.Value() != nil {
+			t.Error("a value that was delivered is kept")
+		}
+	})
+}
+
 // Watching a file that others write.
 
 var _ = child("watchWriter", func(args []string) {
