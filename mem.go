@@ -198,12 +198,11 @@ func (e *memEngine[T]) history(since int64, _ func(*Event[T]) bool) error {
 	return nil
 }
 
-func (e *memEngine[T]) put(kind, key string, value T, version int64) {
-	what := EventUpdate
-	if version == 1 {
-		what = EventCreate
+func (e *memEngine[T]) put(kind, key string, value T) {
+	what, r := EventCreate, &memRow[T]{value, 1, e.newest + 1, time.Now().UnixMilli()}
+	if old := e.row(kind, key); old != nil {
+		what, r.version = EventUpdate, old.version+1
 	}
-	r := &memRow[T]{value, version, e.newest + 1, time.Now().UnixMilli()}
 	e.change(what, r.entry(kind, key), r)
 }
 

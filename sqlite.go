@@ -29,9 +29,8 @@ import (
 // Files hold this text and inspect compares it: to change one byte of createTable or createLog takes
 // a new schemaVersion and an upgrade.
 //
-// The newest row of the log can't be deleted, since it is where the store's revision is kept.
-// position counts the bytes logged before a row, so that the log can be cut to a size without
-// adding it up.
+// The newest row of the log can't be deleted: it is where the store's revision is kept. position
+// counts the bytes logged before a row, so that to cut the log to a size takes no adding up.
 const (
 	schemaVersion = 1
 	schemaObjects = 7 // in createLog
@@ -140,16 +139,14 @@ type SQLiteOptions[T any] struct {
 // one file open. The package must be built with cgo.
 func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 	codec := cmp.Or[Codec](opts.Codec, JSON{})
-	e := &sqliteEngine{mode: "rwc", busyTimeout: opts.BusyTimeout, historyBytes: opts.HistoryBytes,
+	e := &sqliteEngine{mode: "rwc", busyTimeout: opts.BusyTimeout, historyBytes: cmp.Or(opts.HistoryBytes, 16<<20),
 		slots: make(chan struct{}, readers), turn: make(chan struct{}, 1),
 		waiting: make(chan *request, 64), wake: make(chan struct{}, 1)}
 	if err := e.open(opts.DSN, opts.DisableWAL); err != nil {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", opts.DSN, err))
 	}
-	st := newStore(&core[T, []byte]{engine: e, options: opts.StoreOptions, equal: bytes.Equal,
-		encode: encoder[T](codec), decode: decoder[T](codec), streams: e.wal})
-	st.hub.tail, st.hub.wake = func(since int64) { tail(e, &st.hub, since) }, e.wake
-	return st, nil
+	return newStore(&core[T, []byte]{engine: e, options: opts.StoreOptions, equal: bytes.Equal, encode: encoder[T](codec),
+		decode: decoder[T](codec), streams: e.wal, hub: hub[T, []byte]{wake: e.wake}}), nil
 }
 
 // sqliteEngine keeps encoded values in a SQLite file.
@@ -178,18 +175,18 @@ type sqliteEngine struct {
 }
 
 func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
-	if s.busyTimeout < 0 {
-		return fmt.Errorf("negative BusyTimeout %v", s.busyTimeout)
-	}
-	if s.historyBytes < 0 {
-		return fmt.Errorf("negative HistoryBytes %d", s.historyBytes)
+	if s.busyTimeout < 0 || s.historyBytes < 0 {
+		return fmt.Errorf("negative option: BusyTimeout is %v, HistoryBytes %d", s.busyTimeout, s.historyBytes)
 	}
 	if err = s.parse(text); err != nil {
 		return err
 	}
-	s.historyBytes = cmp.Or(s.historyBytes, 16<<20)
 	if file, err := os.Stat(s.path); err == nil && !file.Mode().IsRegular() {
 		return errors.New("not a regular file") // opening a FIFO might never return
+	} else if dir, _ := filepath.Split(s.path); err != nil && dir != "" {
+		if _, err = os.Stat(dir); err != nil {
+			return err // SQLite would make dir/file of dir/file/ and of dir/none/../file
+		}
 	}
 	c, err := s.connect()
 	if err != nil {
@@ -237,24 +234,22 @@ func (s *sqliteEngine) parse(text string) (err error) {
 	err = cmp.Or(err, bad)
 	synchronous, immutable, wait := "FULL", false, uint64(5000)
 	for _, name := range slices.Sorted(maps.Keys(params)) { // so that of two names for one thing the same wins each time
-		value, ok := params[name][len(params[name])-1], true
+		value, ok, bad := params[name][len(params[name])-1], true, error(nil)
 		switch name {
 		case "mode":
 			s.mode, ok = value, value == "ro" || value == "rw" || value == "rwc"
 		case "immutable":
 			immutable, bad = strconv.ParseBool(value)
-			ok = bad == nil
 		case "_synchronous", "_sync":
 			synchronous = strings.ToUpper(value)
 			ok = slices.Contains([]string{"0", "OFF", "1", "NORMAL", "2", "FULL", "3", "EXTRA"}, synchronous)
 		case "_busy_timeout", "_timeout":
 			wait, bad = strconv.ParseUint(value, 10, 31)
-			ok = bad == nil
 		case "cache": // shared, it would only bring "table is locked"
 		default:
 			return fmt.Errorf("unknown parameter %q", name)
 		}
-		if !ok {
+		if !ok || bad != nil {
 			return fmt.Errorf("parameter %s can't be %q", name, value)
 		}
 	}
@@ -270,8 +265,6 @@ func (s *sqliteEngine) parse(text string) (err error) {
 		err = errors.New(`DSN required: a path, a file: URI or ":memory:"`)
 	case strings.Contains(u.Path, "\x00"):
 		err = errors.New("a NUL byte in the path")
-	case os.IsPathSeparator(u.Path[len(u.Path)-1]): // SQLite would leave it out, and make a file
-		err = errors.New("a directory's path")
 	case filepath.IsAbs(u.Path):
 		s.path = u.Path
 	case filepath.VolumeName(strings.TrimPrefix(u.Path, "/")) != "": // file:///C:/..., on Windows
@@ -386,8 +379,7 @@ func (s *sqliteEngine) connect() (*conn, error) {
 	})
 }
 
-// moved fails if the path names another file than it did at first. What is written to that would be
-// lost to everybody else.
+// moved fails if the path names another file than at first: nobody would find what is written.
 func (s *sqliteEngine) moved() error {
 	if s.file == nil {
 		return nil
@@ -455,13 +447,12 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 	}
 }
 
-// exec runs a statement and returns its first row, if it has any.
-func (c *conn) exec(sql string, args ...driver.Value) (first []driver.Value) {
+// exec runs a statement and returns its first row, or nil.
+func (c *conn) exec(sql string, args ...driver.Value) []driver.Value {
 	for row := range c.rows(sql, args...) {
-		first = row
-		break
+		return row
 	}
-	return first
+	return nil
 }
 
 // value runs a statement and returns the first column of its first row, or nil.
@@ -552,11 +543,9 @@ const (
 
 func entryOf(kind, key string, v []driver.Value) Entry[[]byte] {
 	e := Entry[[]byte]{Kind: kind, Key: key, Value: as[[]byte](v[0])}
-	if len(v) == 1 {
-		return e
-	}
-	e.Version, e.Revision = max(1, as[int64](v[1])), as[int64](v[2])
-	if at, err := time.Parse(time.RFC3339Nano, as[string](v[3])); err == nil {
+	if len(v) > 1 {
+		e.Version, e.Revision = max(1, as[int64](v[1])), as[int64](v[2])
+		at, _ := time.Parse(time.RFC3339Nano, as[string](v[3])) // zero if that is no time
 		e.UpdatedAt = at.UTC().Truncate(time.Millisecond)
 	}
 	return e
@@ -567,12 +556,11 @@ func (c *conn) get(kind, key string, whole bool) *Entry[[]byte] {
 	if whole {
 		sql = `SELECT ` + entryColumns + ` FROM zestor_kv WHERE kind = ? AND key = ?`
 	}
-	v := c.exec(sql, kind, key)
-	if v == nil {
-		return nil
+	if v := c.exec(sql, kind, key); v != nil {
+		e := entryOf(kind, key, v)
+		return &e
 	}
-	e := entryOf(kind, key, v)
-	return &e
+	return nil
 }
 
 func (c *conn) scan(kind string, r Range, whole bool, each func(*Entry[[]byte]) bool) {
@@ -640,12 +628,13 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	return c.err
 }
 
-func (c *conn) put(kind, key string, value []byte, version int64) {
-	sql := `UPDATE zestor_kv SET value = ?3, version = ?4, updated_at = ?5, revision = 1 + ` + newest + ` WHERE kind = ?1 AND key = ?2`
-	if version == 1 {
-		sql = `INSERT INTO zestor_kv (kind, key, value, version, updated_at, revision) VALUES (?, ?, ?, ?, ?, ifnull(1 + ` + newest + `, 1))`
-	}
-	c.exec(sql, kind, key, value, version, now())
+// orUpdate makes an update of an insert whose key is there.
+const orUpdate = ` ON CONFLICT (kind, key) DO UPDATE SET
+	value = excluded.value, version = version + 1, updated_at = excluded.updated_at, revision = excluded.revision`
+
+func (c *conn) put(kind, key string, value []byte) {
+	c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?, ?, ?, ?, ifnull(1 + `+newest+`, 1))`+orUpdate,
+		kind, key, value, now())
 	c.wrote(1, len(kind)+len(key)+len(value))
 }
 
@@ -665,9 +654,7 @@ func (c *conn) putMany(kind string, keys []string, values [][]byte) bool {
 			size += len(kind) + len(key) + len(values[i])
 		}
 		c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?1, ?3, ?, ?2, ?)`+
-			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+` ON CONFLICT (kind, key) DO UPDATE
-			SET value = excluded.value, version = version + 1, updated_at = excluded.updated_at, revision = excluded.revision
-			WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
+			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+orUpdate+` WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
 		before := revision
 		revision = c.revision() // equal values took none, and a trigger has put the others right
 		c.wrote(revision-before, size)
@@ -776,9 +763,8 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	})
 }
 
-// trim cuts the log to the newest changes that fit historyBytes. When it has to, it cuts a little
-// more, so that most writes find nothing to do; and never many more rows than the transaction has
-// written.
+// trim cuts the log to the newest changes that fit historyBytes; and a little more, so that most
+// writes find nothing to do; but never many more rows than the transaction has written.
 func (s *sqliteEngine) trim(c *conn) {
 	size := c.value(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
 	if as[int64](size) > s.historyBytes {
@@ -788,11 +774,10 @@ func (s *sqliteEngine) trim(c *conn) {
 	}
 }
 
-// restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite does
-// so by itself only at a moment when nobody reads from it, which overlapping readers never leave; so
-// this keeps the store from writing until the last of them has gone. One try waits at a place in the
-// log that later readers keep taken, so it takes several. If all is in vain, the log may grow to twice
-// the size.
+// restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
+// does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
+// so this keeps the store from writing until the last of them has gone. One try waits at a place in
+// the log that later readers keep taken, so it takes several. If all is in vain, the log may double.
 func (s *sqliteEngine) restartWAL(c *conn) {
 	s.room -= 12<<10 + 4<<10*c.changes + 2*c.logged // at most: a change writes whole pages, of the table and of the log
 	if s.room > 0 || !s.wal {
@@ -817,12 +802,11 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 
 // tail publishes the changes after a revision until nobody waits for them. It looks after each commit
 // of this store, and every pollInterval for those of others.
-func tail[T any](s *sqliteEngine, h *hub[T, []byte], since int64) {
-	defer h.running.RUnlock()
+func (c *core[T, V]) tail(since int64) {
 	for since >= 0 {
-		var changes []*Event[[]byte]
-		err := s.read(false, func(t snapshot[[]byte]) error {
-			return t.history(since, func(ev *Event[[]byte]) bool {
+		var changes []*Event[V]
+		err := c.engine.read(false, func(s snapshot[V]) error {
+			return s.history(since, func(ev *Event[V]) bool {
 				changes, since = append(changes, ev), ev.Revision
 				return len(changes) < 256
 			})
@@ -830,11 +814,11 @@ func tail[T any](s *sqliteEngine, h *hub[T, []byte], since int64) {
 		if errors.Is(err, errLocked) { // which ends some time
 			err = nil
 		}
-		if since = h.publish(since, err, changes...); since < 0 || len(changes) > 0 {
+		if since = c.hub.publish(since, err, changes...); since < 0 || len(changes) > 0 {
 			continue
 		}
 		select {
-		case <-h.wake:
+		case <-c.hub.wake:
 		case <-time.After(pollInterval):
 		}
 	}

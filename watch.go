@@ -33,7 +33,7 @@ type Event[T any] struct {
 	Value    T     // delete: the value that was deleted
 	Version  int64 // delete: the version that was deleted
 	Revision int64 // of the change, or of the entry
-	Err      error // why the watch ends, or why Value could not be decoded
+	Err      error // why the watch ends; or why Value could not be decoded and is zero: the watch goes on
 }
 
 func (e *Entry[V]) event(what EventType) *Event[V] {
@@ -51,10 +51,9 @@ const DefaultWatchBufferSize = 65536
 func WithInitialReplay() WatchOption { return func(o *watchOptions) { o.initial = true } }
 
 // WithSince first sends every change after a revision, in order, and then an EventSynced. A SQLite
-// file keeps the newest changes, across restarts too, see SQLiteOptions.HistoryBytes; the memory
-// store keeps none, so there only the newest revision will do. One that the history does not reach
-// from, too old or beyond the newest, is ErrCompacted; a negative one is another error, and so is
-// WithInitialReplay beside it.
+// file keeps the newest changes, across restarts too, see SQLiteOptions.HistoryBytes. The memory
+// store keeps none: only the newest revision will do. One that the history does not reach from, too
+// old or new, is ErrCompacted; a negative one is another error, as is WithInitialReplay beside it.
 func WithSince(revision int64) WatchOption {
 	return func(o *watchOptions) { o.resume, o.since = true, revision }
 }
@@ -81,23 +80,6 @@ type watchOptions struct {
 	limit           int
 }
 
-func (o *watchOptions) check() error {
-	switch {
-	case o.initial && o.resume:
-		return errors.New("WithInitialReplay and WithSince exclude each other")
-	case o.resume && o.since < 0:
-		return fmt.Errorf("negative revision %d", o.since)
-	case o.limit < 1:
-		return fmt.Errorf("buffer size %d is below 1", o.limit)
-	}
-	for _, t := range o.types {
-		if t != EventCreate && t != EventUpdate && t != EventDelete {
-			return fmt.Errorf("unknown event type %q", string(t))
-		}
-	}
-	return nil
-}
-
 func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error) {
 	w := &watch[T, V]{kind: kind, wake: make(chan struct{}, 1)}
 	w.limit, w.counted.L = DefaultWatchBufferSize, &w.mu
@@ -108,9 +90,16 @@ func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOpti
 				opt(&w.watchOptions)
 			}
 		}
-		switch err := w.check(); {
-		case err != nil:
-			return err
+		unknown := func(t EventType) bool { return t != EventCreate && t != EventUpdate && t != EventDelete }
+		switch {
+		case w.initial && w.resume:
+			return errors.New("WithInitialReplay and WithSince exclude each other")
+		case w.resume && w.since < 0:
+			return fmt.Errorf("negative revision %d", w.since)
+		case w.limit < 1:
+			return fmt.Errorf("buffer size %d is below 1", w.limit)
+		case slices.ContainsFunc(w.types, unknown):
+			return fmt.Errorf("unknown event type in %q", w.types)
 		case ctx == nil:
 			return errors.New("context is nil")
 		case ctx.Err() != nil:
@@ -124,7 +113,6 @@ func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOpti
 			st.hub.remove(w)
 			return err
 		}
-		st.hub.running.RLock()
 		go st.deliver(w, nil)
 		return nil
 	})
@@ -145,8 +133,7 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		return true
 	}
 	err := c.engine.read(true, func(s snapshot[V]) error {
-		// From here on the hub hands over every change that is not in s, whose first read this is.
-		c.hub.add(w, s.revision)
+		c.add(w, s)
 		if w.resume {
 			return s.history(w.since, replay)
 		}
@@ -175,7 +162,6 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 		}
 		close(w.ch)
 		c.hub.remove(w)
-		c.hub.running.RUnlock()
 	}()
 	var ev Event[T]      // the first in queue, if it is decoded
 	var ch chan Event[T] // where to send it; nil: it is not
@@ -191,8 +177,8 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 			ch, sent = nil, false
 		}
 		ended = ended || w.ctx.Err() != nil
-		w.blocked, w.asked = ch != nil && !ended, false // what is in queue and ch is undelivered
-		w.counted.Signal()
+		w.blocked = ch != nil && !ended
+		w.counted.Signal() // what is in queue and ch is undelivered
 		var next *Event[V]
 		if ch == nil && len(w.queue) > 0 {
 			next = w.queue[0]
@@ -218,44 +204,41 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 // decodeEvent decodes the value of a change, unless that is known to fail.
 func (c *core[T, V]) decodeEvent(e *Event[V], failure error) Event[T] {
 	ev := Event[T]{Type: e.Type, Kind: e.Kind, Key: e.Key, Version: e.Version, Revision: e.Revision, Err: e.Err}
-	if e.Type == EventSynced || e.Type == EventError {
-		return ev
+	if e.Type != EventSynced && e.Type != EventError {
+		if failure == nil {
+			ev.Value, failure = c.decode(e.Value)
+		}
+		ev.Err = place{"watch", e.Kind, e.Key}.fail(failure)
 	}
-	if failure == nil {
-		ev.Value, failure = c.decode(e.Value)
-	}
-	ev.Err = place{"watch", e.Kind, e.Key}.fail(failure)
 	return ev
 }
 
 // hub is the broadcast from a store's writers, or from its tail, to its watches. Locks are taken in
 // this order: the engine's, mu, then a watch's mu.
 type hub[T, V any] struct {
-	running sync.RWMutex      // read-locked by each watch and the tail; Close locks it for good
-	watched atomic.Bool       // whether there are watches
-	tail    func(since int64) // where changes come from; nil: from the writers
-	wake    chan struct{}     // the tail's, if there is one
+	watched atomic.Bool   // whether there are watches
+	wake    chan struct{} // the tail's, from where changes come; nil: they come from the writers
 
 	mu      sync.Mutex     // held while publishing, so that events stay in order
 	watches []*watch[T, V] // protected by mu
 	ended   bool           // protected by mu; the store closes
-	tailing bool           // protected by mu; whether the tail runs, if there is one
+	tailing bool           // protected by mu; whether the tail runs
+	gone    sync.Cond      // on mu; signaled when a watch or the tail is gone, for Close
 }
 
-// add makes w receive every change after the revision that now returns. The first watch starts the
-// tail there.
-func (h *hub[T, V]) add(w *watch[T, V], now func() int64) {
+// add makes w receive all changes that are not in s, whose first read this is, and starts the tail.
+func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) {
+	h := &c.hub
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if w.from = now(); h.ended {
+	if w.from = s.revision(); h.ended {
 		w.cancel()
 	}
 	h.watches = append(h.watches, w)
 	h.watched.Store(true)
-	if h.tail != nil && !h.tailing {
+	if h.wake != nil && !h.tailing {
 		h.tailing = true
-		h.running.RLock()
-		go h.tail(w.from)
+		go c.tail(w.from)
 	}
 }
 
@@ -266,6 +249,7 @@ func (h *hub[T, V]) remove(w *watch[T, V]) {
 	defer h.mu.Unlock()
 	h.watches = slices.DeleteFunc(h.watches, func(other *watch[T, V]) bool { return other == w })
 	h.watched.Store(len(h.watches) > 0)
+	h.gone.Signal()
 	try(h.wake, struct{}{})
 }
 
@@ -291,7 +275,8 @@ func (h *hub[T, V]) publish(since int64, err error, changes ...*Event[V]) (next 
 			next = at
 		}
 	}
-	h.tailing = next >= 0
+	h.tailing = next >= 0 && h.wake != nil
+	h.gone.Signal()
 	return next
 }
 
@@ -302,6 +287,15 @@ func (h *hub[T, V]) end() {
 	h.ended = true
 	for _, w := range h.watches {
 		w.cancel()
+	}
+}
+
+// wait returns when every watch and the tail are gone.
+func (h *hub[T, V]) wait() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for h.gone.L = &h.mu; len(h.watches) > 0 || h.tailing; {
+		h.gone.Wait()
 	}
 }
 
@@ -320,8 +314,7 @@ type watch[T, V any] struct {
 	queue   []*Event[V] // protected by mu; what did not go into ch yet
 	live    int         // protected by mu; changes that were ever queued, without the replay
 	blocked bool        // protected by mu; deliver may have sent what it has not counted
-	asked   bool        // protected by mu; somebody waits until it has counted
-	counted sync.Cond
+	counted sync.Cond   // on mu; signaled by deliver alone, each time that it has
 }
 
 func (w *watch[T, V]) wants(ev *Event[V]) bool {
@@ -339,11 +332,8 @@ func (w *watch[T, V]) offer(ev *Event[V]) {
 	// Of what is undelivered, the live changes are last.
 	full := func() bool { return ev.Type != EventError && min(len(w.queue)+len(w.ch), w.live) >= w.limit }
 	if full() && w.blocked { // the consumer may have taken what deliver, which waits for nobody, has not counted yet
-		w.asked = true
 		try(w.wake, struct{}{})
-		for w.asked {
-			w.counted.Wait()
-		}
+		w.counted.Wait() // once: deliver signals only when it has counted
 	}
 	if full() {
 		ev = &Event[V]{Type: EventError, Kind: w.kind, Revision: ev.Revision - 1, Err: ErrWatchOverflow}

@@ -22,16 +22,14 @@
 //
 // # Watching
 //
-// A watch reports every change, whoever made it: in a SQLite file also another process, or a person
-// with the sqlite3 shell. It loses none in silence, and no writer waits for its consumer: see
-// [Watcher].
+// A watch reports every change, in a SQLite file also those of other processes and of the sqlite3
+// shell. It loses none in silence, and no writer waits for its consumer: see [Watcher].
 //
 // # Durability
 //
-// In a SQLite file, a write that has returned survives the death of the process and, as far as
-// fsync reaches, of the machine, unless the DSN lowers SQLite's synchronous level: with NORMAL a
-// power cut can take the newest writes, with OFF it can damage the file. A transaction is there
-// whole or not at all.
+// In SQLite, a write that has returned survives the death of the process and, as far as fsync
+// reaches, of the machine, unless the DSN lowers the synchronous level: with NORMAL a power cut can
+// take the newest writes, with OFF damage the file. A transaction is there whole or not at all.
 //
 // # Callbacks
 //
@@ -86,8 +84,8 @@ type Reader[T any] interface {
 	// the rest comes with true and the error.
 	GetEntry(kind, key string) (entry Entry[T], ok bool, err error)
 
-	// List returns the values that pass every filter, by key; nil filters are skipped. Without an
-	// error the map is not nil, and the caller's. A value that cannot be decoded fails List, Values
+	// List returns the values that pass every filter, by key; nil filters are skipped. The map is
+	// the caller's, and not nil without an error. A value that cannot be decoded fails List, Values
 	// and GetAll as a whole.
 	List(kind string, filters ...FilterFunc[T]) (map[string]T, error)
 
@@ -128,18 +126,16 @@ type Writer[T any] interface {
 	// SetFn replaces the value of a key with what fn returns for it, and says whether that was a
 	// change. An absent key is [ErrKeyNotFound]; an error of fn comes back wrapped.
 	//
-	// fn must not call the store. It must return a new value and leave what it is given alone: in
-	// memory, a pointer or map changed in place is its own previous value, so nothing would be
-	// written or sent.
+	// fn must not call the store. It must return a new value and leave the old alone: in memory,
+	// a pointer or map changed in place is its own previous value, so nothing is written or sent.
 	//
 	// A counter that starts from nothing is an Update:
 	//
 	//	err := s.Update(func(tx zestor.ReadWriter[int]) error {
 	//		n, _, err := tx.Get("counters", "visits")
-	//		if err != nil {
-	//			return err
+	//		if err == nil {
+	//			_, err = tx.Set("counters", "visits", n+1)
 	//		}
-	//		_, err = tx.Set("counters", "visits", n+1)
 	//		return err
 	//	})
 	SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error)
@@ -178,11 +174,7 @@ type Watcher[T any] interface {
 	//
 	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what
 	// is then undelivered is dropped, but for up to 64 events that are in the channel already.
-	//
-	// A value that cannot be decoded arrives as an event with everything else, a zero Value, and
-	// Err set; the watch goes on.
-	//
-	// Watch keeps ctx. If it has ended already, Watch returns ctx.Err(), not wrapped.
+	// Watch keeps ctx; if that has ended before, it returns ctx.Err(), not wrapped.
 	Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error)
 }
 
@@ -194,8 +186,8 @@ type Store[T any] interface {
 	ReadWriter[T]
 	Watcher[T]
 
-	// View calls fn with one snapshot, whatever is written meanwhile, and returns fn's error as it
-	// is. fn must not call the store, nor wait for a watch, only call tx, on its own goroutine;
+	// View calls fn with one snapshot, whatever is written meanwhile, and returns its error as it is.
+	// fn must not call the store, nor wait for a watch, only call tx, on its own goroutine;
 	// afterwards tx returns [ErrTxDone].
 	View(fn func(tx Reader[T]) error) error
 
@@ -288,8 +280,7 @@ type snapshot[V any] interface {
 	// get returns nil if the key is absent. Of entries that are not asked for whole, get and scan
 	// may leave out all but their names and values.
 	get(kind, key string, whole bool) *Entry[V]
-	// scan goes through a range of a kind, or through all kinds if that is "". Each gets an entry
-	// that it must not keep.
+	// scan goes through a range of a kind, or all kinds if it is "". each must not keep its entry.
 	scan(kind string, r Range, whole bool, each func(*Entry[V]) bool)
 	keys(kind string) []string
 	count(kind string) int
@@ -300,10 +291,10 @@ type snapshot[V any] interface {
 	failure() error
 }
 
-// transaction is a snapshot that can be changed. A write takes the next revision.
+// transaction is a snapshot that can be changed. A write takes the next revision, a put a version.
 type transaction[V any] interface {
 	snapshot[V]
-	put(kind, key string, value V, version int64)
+	put(kind, key string, value V)
 	// putMany puts those that differ, or returns false: the engine has no quicker way than put.
 	putMany(kind string, keys []string, values []V) bool
 	remove(old *Entry[V])
@@ -342,6 +333,11 @@ type store[T, V any] struct {
 	done   atomic.Bool    // View or Update has returned
 }
 
+// reader and writer hide the store that View and Update hand out as them: since the names are not
+// exported, nobody can make more of it.
+type reader[T any] interface{ Reader[T] }
+type writer[T any] interface{ ReadWriter[T] }
+
 func newStore[T, V any](c *core[T, V]) *store[T, V] {
 	c.options.ValidateFns = maps.Clone(c.options.ValidateFns)
 	kind := reflect.TypeFor[T]().Kind()
@@ -359,7 +355,7 @@ func (st *store[T, V]) View(fn func(tx Reader[T]) error) error {
 			s.revision() // SQLite takes the snapshot at the first read
 			tx := &store[T, V]{core: st.core, tx: s}
 			defer tx.done.Store(true)
-			own = fn(struct{ Reader[T] }{tx}) // of which no writer can be made
+			own = fn(struct{ reader[T] }{tx})
 			return own
 		})
 	})
@@ -375,7 +371,7 @@ func (st *store[T, V]) Update(fn func(tx ReadWriter[T]) error) error {
 		return st.engine.write(false, func(t transaction[V]) error {
 			tx := &store[T, V]{core: st.core, tx: t, change: t}
 			defer tx.done.Store(true)
-			own = fn(struct{ ReadWriter[T] }{tx})
+			own = fn(struct{ writer[T] }{tx})
 			return own
 		})
 	})
@@ -386,7 +382,7 @@ func (st *store[T, V]) Close() (err error) {
 	st.closing.Do(func() {
 		st.hub.end() // first, so that the body of a Scan that waits for a watch comes to its end
 		st.open.Lock()
-		st.hub.running.Lock()
+		st.hub.wait()
 		err = place{"close"}.fail(st.engine.close())
 	})
 	return err
@@ -524,8 +520,8 @@ func (st *store[T, V]) Revision() (int64, error) {
 }
 
 func (st *store[T, V]) Set(kind, key string, value T) (SetResult, error) {
-	version, _, err := st.set(place{"set", kind, key}, value, nil)
-	return SetResult(min(version, int64(SetUpdated))), err
+	result, _, err := st.set(place{"set", kind, key}, value, nil)
+	return result, err
 }
 
 func (st *store[T, V]) SetIf(kind, key string, value T, revision int64) (int64, error) {
@@ -533,9 +529,8 @@ func (st *store[T, V]) SetIf(kind, key string, value T, revision int64) (int64, 
 	return newRevision, err
 }
 
-// set stores a value, and returns its version, or 0 if that is no change. For SetIf, want is the
-// revision to be replaced, and the new one is returned.
-func (st *store[T, V]) set(at place, value T, want *int64) (version, revision int64, err error) {
+// set stores a value. For SetIf, want is the revision to be replaced, and the new one is returned.
+func (st *store[T, V]) set(at place, value T, want *int64) (result SetResult, revision int64, err error) {
 	kind, key := at[1], at[2]
 	err = st.call(&at, func() error {
 		v, err := st.check(kind, key, value)
@@ -550,15 +545,15 @@ func (st *store[T, V]) set(at place, value T, want *int64) (version, revision in
 			}
 		}
 		return st.write(st.options.CompareFn == nil, func(t transaction[V]) (err error) {
-			version, revision, err = st.put(t, kind, key, value, v, want)
+			result, revision, err = st.put(t, kind, key, value, v, want)
 			return err
 		})
 	})
 	if err != nil {
-		return 0, 0, err // also where the commit failed
+		return SetUnchanged, 0, err // also where the commit failed
 	}
-	st.repeats.Store(version == 0)
-	return version, revision, nil
+	st.repeats.Store(result == SetUnchanged)
+	return result, revision, nil
 }
 
 func (st *store[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error) {
@@ -567,7 +562,7 @@ func (st *store[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (cha
 			return errNilFunc
 		}
 		return st.write(false, func(t transaction[V]) error {
-			old := t.get(kind, key, true)
+			old := t.get(kind, key, false)
 			if old == nil {
 				return ErrKeyNotFound
 			}
@@ -582,8 +577,8 @@ func (st *store[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (cha
 			if err != nil {
 				return err
 			}
-			version, _, err := st.put(t, kind, key, value, v, nil)
-			changed = version > 0
+			result, _, err := st.put(t, kind, key, value, v, nil)
+			changed = result != SetUnchanged
 			return err
 		})
 	})
@@ -611,17 +606,14 @@ func (st *store[T, V]) SetMany(kind string, values map[string]T) error {
 			if st.options.CompareFn == nil && t.putMany(kind, keys, encoded) {
 				return nil
 			}
-			versions := make([]int64, len(keys))
+			changed := make([]bool, len(keys))
 			for i, key := range keys { // before anything is written, since CompareFn may panic
-				if old := t.get(kind, key, true); old == nil {
-					versions[i] = 1
-				} else if !st.same(old.Value, values[key], encoded[i]) {
-					versions[i] = old.Version + 1
-				}
+				old := t.get(kind, key, false)
+				changed[i] = old == nil || !st.same(old.Value, values[key], encoded[i])
 			}
 			for i, key := range keys {
-				if versions[i] > 0 {
-					t.put(kind, key, encoded[i], versions[i])
+				if changed[i] {
+					t.put(kind, key, encoded[i])
 				}
 			}
 			return nil
@@ -692,24 +684,24 @@ func (c *core[T, V]) check(kind, key string, value T) (v V, err error) {
 }
 
 // put is set within a transaction, of a value that has been checked.
-func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (version, revision int64, err error) {
-	old := t.get(kind, key, true)
-	if old != nil {
-		version, revision = old.Version, old.Revision
+func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (result SetResult, revision int64, err error) {
+	old := t.get(kind, key, want != nil)
+	if result = SetCreated; old != nil {
+		result, revision = SetUpdated, old.Revision
 	}
 	switch {
 	case want != nil && *want != revision:
-		return 0, 0, ErrConflict
+		return SetUnchanged, 0, ErrConflict
 	case old != nil && c.same(old.Value, value, v):
-		return 0, revision, nil
+		return SetUnchanged, revision, nil
 	}
-	t.put(kind, key, v, version+1)
+	t.put(kind, key, v)
 	if want != nil {
 		if now := t.get(kind, key, true); now != nil {
 			revision = now.Revision
 		}
 	}
-	return version + 1, revision, nil
+	return result, revision, nil
 }
 
 // same compares what is stored with what is to be stored.

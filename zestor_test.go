@@ -1161,7 +1161,13 @@ func TestTransactions(t *testing.T) {
 				Delete(kind, key string) (bool, string, error)
 			})
 			_, writer := tx.(zestor.Writer[string])
-			rwEq(t, rwT(set, remove, writer), false, false, false)
+			_, open := tx.(struct{ zestor.Reader[string] })
+			rwEq(t, rwT(set, remove, writer, open), false, false, false, false)
+			if v := reflect.ValueOf(tx); v.Kind() == reflect.Struct {
+				for i := range v.NumField() {
+					rwEq(t, rwT(v.Field(i).CanInterface()), false)
+				}
+			}
 		})
 	})
 	for _, kind := range []string{"sqlite", "sqlite-rollback"} {
@@ -2912,6 +2918,20 @@ func TestWatchFromBubbles(t *testing.T) {
 	})
 }
 
+// Close waits as everything in a bubble does, so that a codec's clock goes on.
+func TestCloseInBubble(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: ":memory:", Codec: zestor.NewCodec(json.Marshal, func(data []byte, v any) error {
+			time.Sleep(time.Second)
+			return json.Unmarshal(data, v)
+		})})
+		watchOn(t, s, "k")
+		watchSet(t, s, "k", "a", "1")
+		synctest.Wait()
+		check(t, s.Close())
+	})
+}
+
 // What was delivered is the consumer's alone.
 func TestWatchKeepsNothing(t *testing.T) {
 	eachBubble(t, func(t *testing.T, s zestor.Store[*user]) {
@@ -3743,6 +3763,8 @@ func TestFileDSN(t *testing.T) {
 		{"missing directory, long path", "DIR/" + deep + "a.db", []string{"DIR/" + deep + "a.db"}},
 		{"a directory", "DIR", []string{"DIR"}},
 		{"no directory", "DIR/a.db/", []string{"DIR/a.db/"}},
+		{"no directory, dot", "DIR/a.db/.", []string{"DIR/a.db/."}},
+		{"missing directory, parent", "DIR/none/../a.db", []string{"DIR/none/../a.db"}},
 		{"absent rw", "file:DIR/a.db?mode=rw", []string{"DIR/a.db"}},
 		{"absent ro", "file:DIR/a.db?mode=ro", []string{"DIR/a.db"}},
 		{"absent immutable", "file:DIR/a.db?immutable=1", []string{"DIR/a.db"}},
