@@ -87,7 +87,8 @@ const (
 	// where the history begins. It is no change, so it can't be replayed.
 	upgradeTable = `
 	ALTER TABLE zestor_kv ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
-	UPDATE zestor_kv INDEXED BY sqlite_autoindex_zestor_kv_1 SET revision = number, version = max(1, min(CAST(version AS INTEGER), 1 << 62)) FROM
+	UPDATE zestor_kv INDEXED BY sqlite_autoindex_zestor_kv_1
+		SET revision = number, version = max(1, min(CAST(version AS INTEGER), 1 << 62)) FROM
 		(SELECT kind AS k, key AS y, row_number() OVER (ORDER BY kind, key) AS number FROM zestor_kv)
 		WHERE kind = k AND key = y;
 	DROP INDEX IF EXISTS idx_kv_kind;` + createLog + `;

@@ -186,8 +186,8 @@ type Store[T any] interface {
 	ReadWriter[T]
 	Watcher[T]
 
-	// View calls fn with one snapshot, whatever is written meanwhile, and returns its error as it is.
-	// fn must not call the store, nor wait for a watch, only call tx, on its own goroutine;
+	// View calls fn with one snapshot, whatever is written meanwhile, and returns fn's error as it
+	// is. fn must not call the store, nor wait for a watch, only call tx, on its own goroutine;
 	// afterwards tx returns [ErrTxDone].
 	View(fn func(tx Reader[T]) error) error
 
@@ -196,14 +196,14 @@ type Store[T any] interface {
 	// and the error comes back as it is. A call that fails inside changes nothing, and fn may go on
 	// and commit the rest; but after an error of SQLite itself Update fails whatever fn returns.
 	//
-	// tx reads its own writes. As in View, fn must not call the store, nor wait for a watch, and tx
-	// is only its own. No other change's event comes between those of one transaction.
+	// tx reads its own writes. As in View, fn must not call the store, nor wait for a watch, and only
+	// its own goroutine may use tx. No other change's event comes between those of one transaction.
 	Update(fn func(tx ReadWriter[T]) error) error
 
 	// Close waits for calls under way, ends every watch, and leaves no goroutine and no open file
-	// behind. Calls that begin meanwhile may get [ErrClosed]. A Scan that [iter.Pull] holds is under way
-	// until it is stopped, or the View that it is in has returned. Called again, Close returns nil,
-	// after the first has finished. A callback or the body of a Scan must not call it.
+	// behind. Calls that begin meanwhile may get [ErrClosed]. A Scan that [iter.Pull] holds is under
+	// way until it is stopped, or the View that it is in has returned. Called again, Close returns
+	// nil, after the first has finished. A callback or the body of a Scan must not call it.
 	Close() error
 }
 
