@@ -610,13 +610,16 @@ func (c *conn) failure() error { return c.err }
 func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	// A look that finds nothing must stay cheap even after an ANALYZE, which can make SQLite believe
 	// that the log is short, and read all of it.
-	switch newest := c.revision(); {
+	where, newest := `revision > ? ORDER BY revision`, c.revision()
+	switch {
 	case c.err != nil || newest == since:
 		return cmp.Or(c.err, c.engine.moved())
 	case newest < since: // somebody has restored an older state
 		return ErrCompacted
+	case newest == since+1:
+		where = `revision = ? + 1`
 	}
-	for v := range c.rows(`SELECT value, version, revision, type, kind, key FROM zestor_log WHERE revision > ? ORDER BY revision`, since) {
+	for v := range c.rows(`SELECT value, version, revision, type, kind, key FROM zestor_log WHERE `+where, since) {
 		e := entryOf(as[string](v[4]), as[string](v[5]), v)
 		ev := e.event(EventType(as[string](v[3])))
 		if since++; ev.Revision != since || ev.Type == "upgrade" {

@@ -3441,6 +3441,37 @@ func TestWatchLatency(t *testing.T) {
 	}
 }
 
+// SQLite can be led to believe that the log is short. To deliver a change must
+// take less than a quarter of what it takes to read it all.
+func TestWatchAfterAnalyze(t *testing.T) {
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
+	watchFill(t, s, "k", 1)
+	fileStatements(t, path, "ANALYZE")
+	check(t, s.Close())
+	s = openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"}) // time is measured
+	watchFill(t, s, "k", 100_000)
+	ch := watchOn(t, s, "k")
+	db, err := sql.Open("sqlite3", path)
+	check(t, err)
+	defer db.Close()
+	var delivering, reading time.Duration
+	for i := range 20 {
+		start, n := time.Now(), 0
+		watchSet(t, s, "k", "key", fmt.Sprint(i))
+		watchNext(t, ch)
+		delivering += time.Since(start)
+		start = time.Now()
+		check(t, db.QueryRow(`SELECT count(*) FROM zestor_log WHERE type > ''`).Scan(&n))
+		reading += time.Since(start)
+		if n != 100_002+i {
+			t.Fatalf("the log has %d rows", n)
+		}
+	}
+	if 4*delivering > reading {
+		t.Errorf("20 changes took %v to deliver, reading the log %v", delivering, reading)
+	}
+}
+
 func BenchmarkWatchLatency(b *testing.B) {
 	var median time.Duration
 	for b.Loop() {
