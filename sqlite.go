@@ -608,8 +608,8 @@ func (c *conn) revision() int64 { return as[int64](c.value(`SELECT max(revision)
 func (c *conn) failure() error { return c.err }
 
 func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
-	// A look that finds nothing must stay cheap even after an ANALYZE, which can make SQLite believe
-	// that the log is short, and read all of it.
+	// A look that finds nothing, or one change, must stay cheap even after an ANALYZE, which can make
+	// SQLite believe that the log is short, and read all of it.
 	where, newest := `revision > ? ORDER BY revision`, c.revision()
 	switch {
 	case c.err != nil || newest == since:
