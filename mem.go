@@ -146,11 +146,11 @@ func (e *memEngine[T]) close() error {
 	return nil
 }
 
-func (e *memEngine[T]) get(kind, key string, _ bool) *Entry[T] {
+func (e *memEngine[T]) get(kind, key string, _ bool) (found Entry[T]) {
 	if r := e.row(kind, key); r != nil {
-		return r.entry(kind, key)
+		found = *r.entry(kind, key)
 	}
-	return nil
+	return found
 }
 
 func (e *memEngine[T]) scan(kind string, r Range, _ bool, each func(*Entry[T]) bool) {
@@ -206,9 +206,9 @@ func (e *memEngine[T]) put(kind, key string, value T) {
 	e.change(what, r.entry(kind, key), r)
 }
 
-func (e *memEngine[T]) putMany(string, []string, []T) bool { return false }
+func (e *memEngine[T]) putMany([]Entry[T]) bool { return false }
 
-func (e *memEngine[T]) remove(old *Entry[T]) { e.change(EventDelete, old, nil) }
+func (e *memEngine[T]) remove(old Entry[T]) { e.change(EventDelete, &old, nil) }
 
 // change is a write that can be undone and watched.
 func (e *memEngine[T]) change(what EventType, now *Entry[T], r *memRow[T]) {

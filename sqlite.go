@@ -552,16 +552,15 @@ func entryOf(kind, key string, v []driver.Value) Entry[[]byte] {
 	return e
 }
 
-func (c *conn) get(kind, key string, whole bool) *Entry[[]byte] {
+func (c *conn) get(kind, key string, whole bool) (e Entry[[]byte]) {
 	sql := `SELECT ` + valueColumn + ` FROM zestor_kv WHERE kind = ? AND key = ?`
 	if whole {
 		sql = `SELECT ` + entryColumns + ` FROM zestor_kv WHERE kind = ? AND key = ?`
 	}
 	if v := c.exec(sql, kind, key); v != nil {
-		e := entryOf(kind, key, v)
-		return &e
+		e = entryOf(kind, key, v)
 	}
-	return nil
+	return e
 }
 
 func (c *conn) scan(kind string, r Range, whole bool, each func(*Entry[[]byte]) bool) {
@@ -644,18 +643,18 @@ func (c *conn) put(kind, key string, value []byte) {
 
 // putMany puts what is not there already. SQLite compares, in half the time; but it refuses even a
 // write of nothing to a file that is opened read-only, for which it returns false.
-func (c *conn) putMany(kind string, keys []string, values [][]byte) bool {
+func (c *conn) putMany(entries []Entry[[]byte]) bool {
 	if c.engine.mode == "ro" {
 		return false
 	}
-	for n, revision := 0, c.revision(); len(keys) > 0 && c.err == nil; keys, values = keys[n:], values[n:] {
-		if n = 32; len(keys) < n { // rows a statement, but few different statements
+	for n, revision := 0, c.revision(); len(entries) > 0 && c.err == nil; entries = entries[n:] {
+		if n = 32; len(entries) < n { // rows a statement, but few different statements
 			n = 1
 		}
-		args, size := []driver.Value{kind, now()}, 0
-		for i, key := range keys[:n] {
-			args = append(args, key, values[i], revision+1+int64(i))
-			size += len(kind) + len(key) + len(values[i])
+		args, size := []driver.Value{entries[0].Kind, now()}, 0
+		for i, e := range entries[:n] {
+			args = append(args, e.Key, e.Value, revision+1+int64(i))
+			size += len(e.Kind) + len(e.Key) + len(e.Value)
 		}
 		c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?1, ?3, ?, ?2, ?)`+
 			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+orUpdate+` WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
@@ -668,7 +667,7 @@ func (c *conn) putMany(kind string, keys []string, values [][]byte) bool {
 
 func now() string { return time.Now().UTC().Format("2006-01-02T15:04:05.000Z") }
 
-func (c *conn) remove(old *Entry[[]byte]) {
+func (c *conn) remove(old Entry[[]byte]) {
 	c.exec(`DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
 	c.wrote(1, len(old.Kind)+len(old.Key)+len(old.Value))
 }

@@ -277,9 +277,9 @@ func (r Range) bounds() (lo, hi string) {
 
 // snapshot is one consistent state of an engine. What goes through it ends when each returns false.
 type snapshot[V any] interface {
-	// get returns nil if the key is absent. Of entries that are not asked for whole, get and scan
-	// may leave out all but their names and values.
-	get(kind, key string, whole bool) *Entry[V]
+	// get returns an entry, with no Key if it is absent. Of entries that are not asked for whole, get
+	// and scan may leave out all but their names and values.
+	get(kind, key string, whole bool) Entry[V]
 	// scan goes through a range of a kind, or all kinds if it is "". each must not keep its entry.
 	scan(kind string, r Range, whole bool, each func(*Entry[V]) bool)
 	keys(kind string) []string
@@ -295,9 +295,9 @@ type snapshot[V any] interface {
 type transaction[V any] interface {
 	snapshot[V]
 	put(kind, key string, value V)
-	// putMany puts those that differ, or returns false: the engine has no quicker way than put.
-	putMany(kind string, keys []string, values []V) bool
-	remove(old *Entry[V])
+	// putMany puts what differs, or returns false: the engine has no quicker way than put.
+	putMany(entries []Entry[V]) bool
+	remove(old Entry[V])
 }
 
 // engine is what differs between the stores. A failure of the snapshot comes before an error of fn.
@@ -441,8 +441,8 @@ func (st *store[T, V]) GetEntry(kind, key string) (Entry[T], bool, error) {
 func (st *store[T, V]) entry(at place, whole bool) (e Entry[T], ok bool, err error) {
 	err = st.call(&at, func() error {
 		found, err := st.look(at[1], at[2], whole)
-		if ok = found != nil && err == nil; ok {
-			e, err = st.entryOf(found)
+		if ok = found.Key != "" && err == nil; ok {
+			e, err = st.entryOf(&found)
 		}
 		return err
 	})
@@ -533,20 +533,34 @@ func (st *store[T, V]) SetIf(kind, key string, value T, revision int64) (int64, 
 func (st *store[T, V]) set(at place, value T, want *int64) (result SetResult, revision int64, err error) {
 	kind, key := at[1], at[2]
 	err = st.call(&at, func() error {
-		v, err := st.check(kind, key, value)
+		v, err := st.check(at, value)
 		if err != nil {
 			return err
 		}
 		if st.tx == nil && want == nil && st.repeats.Load() {
 			// Find out without locking other writers out.
 			old, err := st.look(kind, key, false)
-			if err != nil || old != nil && st.same(old.Value, value, v) {
+			if err != nil || st.same(old, value, v) {
 				return err
 			}
 		}
-		return st.write(st.options.CompareFn == nil, func(t transaction[V]) (err error) {
-			result, revision, err = st.put(t, kind, key, value, v, want)
-			return err
+		return st.write(st.options.CompareFn == nil, func(t transaction[V]) error {
+			old := t.get(kind, key, want != nil)
+			result, revision = SetUpdated, old.Revision
+			switch {
+			case want != nil && *want != revision:
+				return ErrConflict
+			case st.same(old, value, v):
+				result = SetUnchanged
+				return nil
+			case old.Key == "":
+				result = SetCreated
+			}
+			t.put(kind, key, v)
+			if want != nil {
+				revision = t.get(kind, key, true).Revision
+			}
+			return nil
 		})
 	})
 	if err != nil {
@@ -557,28 +571,27 @@ func (st *store[T, V]) set(at place, value T, want *int64) (result SetResult, re
 }
 
 func (st *store[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (changed bool, err error) {
-	err = st.call(&place{"setfn", kind, key}, func() error {
+	at := place{"setfn", kind, key}
+	err = st.call(&at, func() error {
 		if fn == nil {
 			return errNilFunc
 		}
 		return st.write(false, func(t transaction[V]) error {
 			old := t.get(kind, key, false)
-			if old == nil {
+			if old.Key == "" {
 				return ErrKeyNotFound
 			}
+			var v V
 			value, err := st.decode(old.Value)
 			if err == nil {
 				value, err = fn(value)
 			}
-			if err != nil {
-				return err
+			if err == nil {
+				v, err = st.check(at, value)
 			}
-			v, err := st.check(kind, key, value)
-			if err != nil {
-				return err
+			if changed = err == nil && !st.same(old, value, v); changed {
+				t.put(kind, key, v)
 			}
-			result, _, err := st.put(t, kind, key, value, v, nil)
-			changed = result != SetUnchanged
 			return err
 		})
 	})
@@ -587,34 +600,26 @@ func (st *store[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (cha
 
 func (st *store[T, V]) SetMany(kind string, values map[string]T) error {
 	at := place{"setmany", kind} // and the key that it has come to
-	keys := slices.Sorted(maps.Keys(values))
-	encoded := make([]V, len(keys))
-	return st.call(&at, func() (err error) {
-		for i, key := range keys {
+	entries := make([]Entry[V], 0, len(values))
+	return st.call(&at, func() error {
+		for _, key := range slices.Sorted(maps.Keys(values)) {
 			at = append(at[:2], key)
-			if err = at.check(); err == nil {
-				encoded[i], err = st.check(kind, key, values[key])
-			}
+			v, err := st.check(at, values[key])
 			if err != nil {
 				return err
 			}
+			entries = append(entries, Entry[V]{Kind: kind, Key: key, Value: v})
 		}
-		if at = at[:2]; len(keys) == 0 {
+		if at = at[:2]; len(entries) == 0 {
 			return nil
 		}
 		return st.write(false, func(t transaction[V]) error {
-			if st.options.CompareFn == nil && t.putMany(kind, keys, encoded) {
+			if st.options.CompareFn == nil && t.putMany(entries) {
 				return nil
 			}
-			changed := make([]bool, len(keys))
-			for i, key := range keys { // before anything is written, since CompareFn may panic
-				old := t.get(kind, key, false)
-				changed[i] = old == nil || !st.same(old.Value, values[key], encoded[i])
-			}
-			for i, key := range keys {
-				if changed[i] {
-					t.put(kind, key, encoded[i])
-				}
+			same := func(e Entry[V]) bool { return st.same(t.get(kind, e.Key, false), values[e.Key], e.Value) }
+			for _, e := range slices.DeleteFunc(entries, same) { // before anything is written, since CompareFn may panic
+				t.put(kind, e.Key, e.Value)
 			}
 			return nil
 		})
@@ -624,7 +629,7 @@ func (st *store[T, V]) SetMany(kind string, values map[string]T) error {
 func (st *store[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
 	err = st.call(&place{"delete", kind, key}, func() error {
 		old, err := st.look(kind, key, true)
-		if err != nil || old == nil {
+		if err != nil || old.Key == "" {
 			return err
 		}
 		prev, _ = st.decode(old.Value)
@@ -633,7 +638,7 @@ func (st *store[T, V]) Delete(kind, key string) (existed bool, prev T, err error
 		for _, shared := range []bool{true, false} {
 			err = st.write(shared, func(t transaction[V]) error {
 				now := t.get(kind, key, true)
-				if existed = now != nil && (!shared || now.Revision == old.Revision); !existed {
+				if existed = now.Key != "" && (!shared || now.Revision == old.Revision); !existed {
 					return nil
 				}
 				if !shared {
@@ -664,53 +669,33 @@ func (st *store[T, V]) write(shared bool, fn func(transaction[V]) error) error {
 }
 
 // look reads an entry.
-func (st *store[T, V]) look(kind, key string, whole bool) (e *Entry[V], err error) {
+func (st *store[T, V]) look(kind, key string, whole bool) (e Entry[V], err error) {
 	err = st.read(false, func(s snapshot[V]) { e = s.get(kind, key, whole) })
 	return e, err
 }
 
-// check is what a value has to pass before anything is written.
-func (c *core[T, V]) check(kind, key string, value T) (v V, err error) {
-	if c.nilable && reflect.ValueOf(value).Kind() == reflect.Pointer && reflect.ValueOf(value).IsNil() {
-		return v, errors.New("value is a nil pointer")
+// check is what a key and its value have to pass before anything is written.
+func (c *core[T, V]) check(at place, value T) (v V, err error) {
+	err = at.check()
+	if err == nil && c.nilable && reflect.ValueOf(value).Kind() == reflect.Pointer && reflect.ValueOf(value).IsNil() {
+		err = errors.New("value is a nil pointer")
 	}
-	if validate := c.options.ValidateFns[kind]; validate != nil {
+	if validate := c.options.ValidateFns[at[1]]; err == nil && validate != nil {
 		err = validate(value)
 	}
 	if err == nil {
-		v, err = c.encode(kind, key, value)
+		v, err = c.encode(at[1], at[2], value)
 	}
 	return v, err
 }
 
-// put is set within a transaction, of a value that has been checked.
-func (c *core[T, V]) put(t transaction[V], kind, key string, value T, v V, want *int64) (result SetResult, revision int64, err error) {
-	old := t.get(kind, key, want != nil)
-	if result = SetCreated; old != nil {
-		result, revision = SetUpdated, old.Revision
+// same says that an entry is there, and equal to what is to be stored.
+func (c *core[T, V]) same(old Entry[V], next T, encoded V) bool {
+	if old.Key == "" || c.options.CompareFn == nil {
+		return old.Key != "" && c.equal(old.Value, encoded)
 	}
-	switch {
-	case want != nil && *want != revision:
-		return SetUnchanged, 0, ErrConflict
-	case old != nil && c.same(old.Value, value, v):
-		return SetUnchanged, revision, nil
-	}
-	t.put(kind, key, v)
-	if want != nil {
-		if now := t.get(kind, key, true); now != nil {
-			revision = now.Revision
-		}
-	}
-	return result, revision, nil
-}
-
-// same compares what is stored with what is to be stored.
-func (c *core[T, V]) same(prev V, next T, encoded V) bool {
-	if c.options.CompareFn == nil {
-		return c.equal(prev, encoded)
-	}
-	value, err := c.decode(prev)
-	return err == nil && c.options.CompareFn(value, next)
+	prev, err := c.decode(old.Value)
+	return err == nil && c.options.CompareFn(prev, next)
 }
 
 // entryOf decodes a row. With an error it is the entry without its value.
