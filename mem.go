@@ -100,8 +100,8 @@ type memRow[T any] struct {
 	millis   int64 // since 1970
 }
 
-func (r *memRow[T]) entry(kind, key string) *Entry[T] {
-	return &Entry[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
+func (r *memRow[T]) entry(kind, key string) Entry[T] {
+	return Entry[T]{kind, key, r.value, r.version, r.revision, time.UnixMilli(r.millis).UTC()}
 }
 
 // memKind is the rows of one kind, and an index of their keys.
@@ -148,12 +148,12 @@ func (e *memEngine[T]) close() error {
 
 func (e *memEngine[T]) get(kind, key string, _ bool) (found Entry[T]) {
 	if r := e.row(kind, key); r != nil {
-		found = *r.entry(kind, key)
+		found = r.entry(kind, key)
 	}
 	return found
 }
 
-func (e *memEngine[T]) scan(kind string, r Range, _ bool, each func(*Entry[T]) bool) {
+func (e *memEngine[T]) scan(kind string, r Range, _ bool, each func(Entry[T]) bool) {
 	if kind == "" {
 		for kind := range e.kinds {
 			e.scan(kind, r, true, each)
@@ -208,10 +208,10 @@ func (e *memEngine[T]) put(kind, key string, value T) {
 
 func (e *memEngine[T]) putMany([]Entry[T]) bool { return false }
 
-func (e *memEngine[T]) remove(old Entry[T]) { e.change(EventDelete, &old, nil) }
+func (e *memEngine[T]) remove(old Entry[T]) { e.change(EventDelete, old, nil) }
 
 // change is a write that can be undone and watched.
-func (e *memEngine[T]) change(what EventType, now *Entry[T], r *memRow[T]) {
+func (e *memEngine[T]) change(what EventType, now Entry[T], r *memRow[T]) {
 	old := e.replace(now.Kind, now.Key, r)
 	e.undo = append(e.undo, func() { e.replace(now.Kind, now.Key, old) })
 	e.newest++

@@ -563,7 +563,7 @@ func (c *conn) get(kind, key string, whole bool) (e Entry[[]byte]) {
 	return e
 }
 
-func (c *conn) scan(kind string, r Range, whole bool, each func(*Entry[[]byte]) bool) {
+func (c *conn) scan(kind string, r Range, whole bool, each func(Entry[[]byte]) bool) {
 	columns, order := valueColumn, `key`
 	if whole {
 		columns = entryColumns
@@ -581,10 +581,8 @@ func (c *conn) scan(kind string, r Range, whole bool, each func(*Entry[[]byte]) 
 	if kind == "" {
 		sql, args = `SELECT kind, key, `+columns+` FROM zestor_kv`, nil
 	}
-	var e Entry[[]byte]
 	for v := range c.rows(sql, args...) {
-		e = entryOf(cmp.Or(kind, as[string](v[0])), as[string](v[1]), v[2:])
-		if !each(&e) {
+		if !each(entryOf(cmp.Or(kind, as[string](v[0])), as[string](v[1]), v[2:])) {
 			break
 		}
 	}

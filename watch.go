@@ -36,7 +36,7 @@ type Event[T any] struct {
 	Err      error // why the watch ends; or why Value could not be decoded and is zero: the watch goes on
 }
 
-func (e *Entry[V]) event(what EventType) *Event[V] {
+func (e Entry[V]) event(what EventType) *Event[V] {
 	return &Event[V]{what, e.Kind, e.Key, e.Value, e.Version, e.Revision, nil}
 }
 
@@ -138,7 +138,7 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 			return s.history(w.since, replay)
 		}
 		if w.initial && w.wants(&Event[V]{Type: EventCreate, Kind: w.kind, Key: w.prefix}) {
-			s.scan(w.kind, Range{Prefix: w.prefix}, true, func(e *Entry[V]) bool { return replay(e.event(EventCreate)) })
+			s.scan(w.kind, Range{Prefix: w.prefix}, true, func(e Entry[V]) bool { return replay(e.event(EventCreate)) })
 		}
 		return nil
 	})

@@ -280,8 +280,8 @@ type snapshot[V any] interface {
 	// get returns an entry, with no Key if it is absent. Of entries that are not asked for whole, get
 	// and scan may leave out all but their names and values.
 	get(kind, key string, whole bool) Entry[V]
-	// scan goes through a range of a kind, or all kinds if it is "". each must not keep its entry.
-	scan(kind string, r Range, whole bool, each func(*Entry[V]) bool)
+	// scan goes through a range of a kind, or all kinds if it is "".
+	scan(kind string, r Range, whole bool, each func(Entry[V]) bool)
 	keys(kind string) []string
 	count(kind string) int
 	revision() int64
@@ -430,19 +430,20 @@ func query[T, V, R any](st *store[T, V], at place, fn func(snapshot[V]) R) (resu
 }
 
 func (st *store[T, V]) Get(kind, key string) (value T, ok bool, err error) {
-	e, ok, err := st.entry(place{"get", kind, key}, false)
+	e, ok, err := st.entry("get", kind, key, false)
 	return e.Value, ok && err == nil, err
 }
 
 func (st *store[T, V]) GetEntry(kind, key string) (Entry[T], bool, error) {
-	return st.entry(place{"getentry", kind, key}, true)
+	return st.entry("getentry", kind, key, true)
 }
 
-func (st *store[T, V]) entry(at place, whole bool) (e Entry[T], ok bool, err error) {
-	err = st.call(&at, func() error {
-		found, err := st.look(at[1], at[2], whole)
+func (st *store[T, V]) entry(op, kind, key string, whole bool) (e Entry[T], ok bool, err error) {
+	err = st.call(&place{op, kind, key}, func() error {
+		var found Entry[V]
+		err := st.read(false, func(s snapshot[V]) { found = s.get(kind, key, whole) })
 		if ok = found.Key != "" && err == nil; ok {
-			e, err = st.entryOf(&found)
+			e, err = st.entryOf(found)
 		}
 		return err
 	})
@@ -491,7 +492,7 @@ func (st *store[T, V]) GetAll() (all map[string]map[string]T, err error) {
 func (st *store[T, V]) Scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		stopped := false
-		each := func(e *Entry[V]) bool {
+		each := func(e Entry[V]) bool {
 			entry, err := st.entryOf(e)
 			stopped = !yield(entry, place{"scan", e.Kind, e.Key}.fail(err))
 			return !stopped && !st.done.Load()
@@ -505,7 +506,7 @@ func (st *store[T, V]) Scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 			}
 			var rows []Entry[V]
 			err := st.read(false, func(s snapshot[V]) { rows = collect(s, kind, r, true) })
-			for i := 0; err == nil && i < len(rows) && each(&rows[i]); i++ {
+			for i := 0; err == nil && i < len(rows) && each(rows[i]); i++ {
 			}
 			return err
 		})
@@ -539,7 +540,8 @@ func (st *store[T, V]) set(at place, value T, want *int64) (result SetResult, re
 		}
 		if st.tx == nil && want == nil && st.repeats.Load() {
 			// Find out without locking other writers out.
-			old, err := st.look(kind, key, false)
+			var old Entry[V]
+			err := st.read(false, func(s snapshot[V]) { old = s.get(kind, key, false) })
 			if err != nil || st.same(old, value, v) {
 				return err
 			}
@@ -628,7 +630,8 @@ func (st *store[T, V]) SetMany(kind string, values map[string]T) error {
 
 func (st *store[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
 	err = st.call(&place{"delete", kind, key}, func() error {
-		old, err := st.look(kind, key, true)
+		var old Entry[V]
+		err := st.read(false, func(s snapshot[V]) { old = s.get(kind, key, true) })
 		if err != nil || old.Key == "" {
 			return err
 		}
@@ -668,12 +671,6 @@ func (st *store[T, V]) write(shared bool, fn func(transaction[V]) error) error {
 	return st.engine.write(shared, fn)
 }
 
-// look reads an entry.
-func (st *store[T, V]) look(kind, key string, whole bool) (e Entry[V], err error) {
-	err = st.read(false, func(s snapshot[V]) { e = s.get(kind, key, whole) })
-	return e, err
-}
-
 // check is what a key and its value have to pass before anything is written.
 func (c *core[T, V]) check(at place, value T) (v V, err error) {
 	err = at.check()
@@ -699,7 +696,7 @@ func (c *core[T, V]) same(old Entry[V], next T, encoded V) bool {
 }
 
 // entryOf decodes a row. With an error it is the entry without its value.
-func (c *core[T, V]) entryOf(r *Entry[V]) (Entry[T], error) {
+func (c *core[T, V]) entryOf(r Entry[V]) (Entry[T], error) {
 	value, err := c.decode(r.Value)
 	return Entry[T]{r.Kind, r.Key, value, r.Version, r.Revision, r.UpdatedAt}, err
 }
@@ -711,7 +708,7 @@ func (st *store[T, V]) entries(at place, kind string, whole bool, use func([]Ent
 		err := st.read(false, func(s snapshot[V]) { rows = collect(s, kind, Range{}, whole) })
 		entries := make([]Entry[T], len(rows))
 		for i := 0; i < len(rows) && err == nil; i++ {
-			if entries[i], err = st.entryOf(&rows[i]); err != nil {
+			if entries[i], err = st.entryOf(rows[i]); err != nil {
 				at = place{at[0], rows[i].Kind, rows[i].Key}
 			}
 		}
@@ -723,8 +720,8 @@ func (st *store[T, V]) entries(at place, kind string, whole bool, use func([]Ent
 }
 
 func collect[V any](s snapshot[V], kind string, r Range, whole bool) (rows []Entry[V]) {
-	s.scan(kind, r, whole, func(e *Entry[V]) bool {
-		rows = append(rows, *e)
+	s.scan(kind, r, whole, func(e Entry[V]) bool {
+		rows = append(rows, e)
 		return true
 	})
 	return rows
