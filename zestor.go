@@ -262,11 +262,9 @@ func (r Range) bounds() (lo, hi string) {
 			hi = lo[:n-1] + string([]byte{last + 1})
 		}
 	}
-	switch {
-	case r.After == "":
-	case !r.Descending:
+	if r.After != "" && !r.Descending {
 		lo = max(lo, r.After+"\x00")
-	case hi == "" || r.After < hi:
+	} else if hi == "" || r.After != "" && r.After < hi {
 		hi = r.After
 	}
 	return lo, hi
