@@ -600,15 +600,15 @@ func (st *store[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (cha
 
 func (st *store[T, V]) SetMany(kind string, values map[string]T) error {
 	at := place{"setmany", kind} // and the key that it has come to
-	entries := make([]Entry[V], 0, len(values))
+	entries := make([]Entry[V], len(values))
 	return st.call(&at, func() error {
-		for _, key := range slices.Sorted(maps.Keys(values)) {
+		for i, key := range slices.Sorted(maps.Keys(values)) {
 			at = append(at[:2], key)
 			v, err := st.check(at, values[key])
 			if err != nil {
 				return err
 			}
-			entries = append(entries, Entry[V]{Kind: kind, Key: key, Value: v})
+			entries[i] = Entry[V]{Kind: kind, Key: key, Value: v}
 		}
 		if at = at[:2]; len(entries) == 0 {
 			return nil
