@@ -285,27 +285,11 @@ func (s *sqliteEngine) parse(text string) (err error) {
 	return err
 }
 
-// prepare sees to it that the file has the schema.
+// prepare sees to it that the file has the schema, and a WAL if it can.
 func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
-	var script string
-	err := c.transaction("BEGIN", func() (err error) {
-		script, err = c.inspect()
-		return err
+	err := c.retry(func() error { // from the start if another process has been faster
+		return c.transaction("BEGIN", c.upgrade)
 	})
-	switch {
-	case err != nil:
-		return err
-	case script != "" && s.mode == "ro":
-		return errors.New("not a Zestor file of this version: it would have to be made or upgraded, and is opened read-only")
-	case script != "":
-		err = c.transaction("BEGIN IMMEDIATE", func() error {
-			script, err := c.inspect() // another process may have been faster
-			if err == nil && script != "" {
-				_, err = c.Conn.(driver.ExecerContext).ExecContext(context.Background(), script, nil)
-			}
-			return err
-		})
-	}
 	mode := "PRAGMA journal_mode = WAL"
 	if disableWAL || s.mode == "ro" {
 		mode = "PRAGMA journal_mode"
@@ -314,45 +298,50 @@ func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
 	return err
 }
 
-// inspect returns the SQL that gives the file this schema, "" if it has it, or why it can't.
-func (c *conn) inspect() (script string, err error) {
-	table, known, others := "", 0, 0
-	for v := range c.rows(`SELECT sql || ';' FROM sqlite_schema WHERE sql IS NOT NULL`) {
+// upgrade gives the file this schema, if it does not have it, or says why it can't.
+func (c *conn) upgrade() error {
+	columns, known, others := "", 0, 0
+	for v := range c.rows(`SELECT sql || ';' FROM sqlite_schema WHERE name NOT GLOB 'sqlite_*'`) {
 		switch sql := as[string](v[0]); {
 		case sql == createTable:
-			table = sql
+			columns = tableColumns // most files need no closer look, for which SQLite takes its time
 		case strings.Contains(createLog, sql):
 			known++
-		case !strings.HasPrefix(sql, "CREATE TABLE sqlite_"):
+		default:
 			others++
 		}
 	}
-	version := as[int64](c.value(`PRAGMA user_version`))
-	if c.err == nil && version == schemaVersion && known == schemaObjects && table != "" {
-		return "", nil // most files need no closer look, for which SQLite takes its time
+	if columns == "" {
+		columns = as[string](c.value(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
 	}
-	encoding := as[string](c.value(`PRAGMA encoding`))
-	columns := as[string](c.value(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
+	version, encoding := as[int64](c.value(`PRAGMA user_version`)), as[string](c.value(`PRAGMA encoding`))
+	script := ""
 	switch {
 	case c.err != nil:
-		return "", c.err
+		return c.err
 	case columns == "" && known+others > 0:
-		return "", errors.New("not a Zestor file: it has tables, but no zestor_kv")
+		return errors.New("not a Zestor file: it has tables, but no zestor_kv")
 	case encoding != "UTF-8":
-		return "", fmt.Errorf("not a Zestor file: its text is encoded as %s", encoding)
+		return fmt.Errorf("not a Zestor file: its text is encoded as %s", encoding)
 	case version > schemaVersion:
-		return "", fmt.Errorf("written by a newer Zestor: its schema has version %d, this program knows %d", version, schemaVersion)
+		return fmt.Errorf("written by a newer Zestor: its schema has version %d, this program knows %d", version, schemaVersion)
 	case version == schemaVersion && known == schemaObjects && columns == tableColumns:
-		return "", nil
+		return nil
 	case version == 0 && known == schemaObjects && columns == tableColumns:
-		return `PRAGMA user_version = 1`, nil // the shell's .dump leaves it out
+		script = `PRAGMA user_version = 1` // the shell's .dump leaves it out
 	case version == 0 && columns == "":
-		return createTable + createLog, nil
+		script = createTable + createLog
 	case version == 0 && columns == oldColumns && known == 0:
-		return upgradeTable, nil
+		script = upgradeTable
+	default:
+		return fmt.Errorf("not a Zestor file: version %d, %d of %d other objects, and a table zestor_kv with the columns %q",
+			version, known, schemaObjects, columns)
 	}
-	return "", fmt.Errorf("not a Zestor file: version %d, %d of %d other objects, and a table zestor_kv with the columns %q",
-		version, known, schemaObjects, columns)
+	if c.engine.mode == "ro" {
+		return errors.New("not a Zestor file of this version: it would have to be made or upgraded, and is opened read-only")
+	}
+	_, err := c.Conn.(driver.ExecerContext).ExecContext(context.Background(), script, nil)
+	return err
 }
 
 // conn is a connection, and the state of its transaction or snapshot, for one goroutine at a time.
