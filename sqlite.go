@@ -194,13 +194,16 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 		return err
 	}
 	s.idle = []*conn{c}
-	if s.path != "" {
-		s.file, err = os.Stat(s.path)
+	s.file, _ = os.Stat(s.path)
+	err = c.retry(func() error { // from the start if another process has been faster
+		return c.transaction("BEGIN", c.upgrade)
+	})
+	mode := "PRAGMA journal_mode = WAL"
+	if disableWAL || s.mode == "ro" {
+		mode = "PRAGMA journal_mode"
 	}
-	if err == nil {
-		err = s.prepare(c, disableWAL)
-	}
-	s.mode = strings.TrimSuffix(s.mode, "c") // the file is there now
+	s.wal = err == nil && as[string](c.value(mode)) == "wal" // a file in use, or that can't have a WAL, keeps its mode
+	s.mode = strings.TrimSuffix(s.mode, "c")                 // the file is there now
 	if err != nil {
 		// If c were the last to close, SQLite would take into the file what a crash left in a WAL; a
 		// connection that only reads leaves it.
@@ -285,19 +288,6 @@ func (s *sqliteEngine) parse(text string) (err error) {
 	return err
 }
 
-// prepare sees to it that the file has the schema, and a WAL if it can.
-func (s *sqliteEngine) prepare(c *conn, disableWAL bool) error {
-	err := c.retry(func() error { // from the start if another process has been faster
-		return c.transaction("BEGIN", c.upgrade)
-	})
-	mode := "PRAGMA journal_mode = WAL"
-	if disableWAL || s.mode == "ro" {
-		mode = "PRAGMA journal_mode"
-	}
-	s.wal = err == nil && as[string](c.value(mode)) == "wal" // a file in use, or that can't have a WAL, keeps its mode
-	return err
-}
-
 // upgrade gives the file this schema, if it does not have it, or says why it can't.
 func (c *conn) upgrade() error {
 	columns, known, others := "", 0, 0
@@ -357,11 +347,7 @@ type conn struct {
 	changes, logged int64 // in this transaction: rows, and bytes
 }
 
-// connect opens a connection to the file that was opened first.
 func (s *sqliteEngine) connect() (*conn, error) {
-	if err := s.moved(); err != nil { // SQLite would take the old file's WAL for the new one's
-		return nil, err
-	}
 	c := &conn{engine: s, busyTimeout: s.busyTimeout}
 	return c, c.retry(func() (err error) {
 		c.Conn, err = new(sqlite3.SQLiteDriver).Open(s.uri + s.mode)
@@ -371,7 +357,7 @@ func (s *sqliteEngine) connect() (*conn, error) {
 
 // moved fails if the path names another file than at first: nobody would find what is written.
 func (s *sqliteEngine) moved() error {
-	if s.file == nil {
+	if s.path == "" {
 		return nil
 	}
 	file, err := os.Stat(s.path)
@@ -492,7 +478,10 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	}
 	s.mu.Unlock()
 	if c == nil {
-		if c, err = s.connect(); err != nil {
+		if err = s.moved(); err == nil { // else SQLite would take the old file's WAL for the new one's
+			c, err = s.connect()
+		}
+		if err != nil {
 			return err
 		}
 	}
