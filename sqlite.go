@@ -202,8 +202,8 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if disableWAL || s.mode == "ro" {
 		mode = "PRAGMA journal_mode"
 	}
-	s.wal = err == nil && as[string](c.value(mode)) == "wal" // a file in use, or that can't have a WAL, keeps its mode
-	s.mode = strings.TrimSuffix(s.mode, "c")                 // the file is there now
+	s.wal = err == nil && as[string](c.exec(mode)) == "wal" // a file in use, or that can't have a WAL, keeps its mode
+	s.mode = strings.TrimSuffix(s.mode, "c")                // the file is there now
 	if err != nil {
 		// If c were the last to close, SQLite would take into the file what a crash left in a WAL; a
 		// connection that only reads leaves it.
@@ -302,9 +302,9 @@ func (c *conn) upgrade() error {
 		}
 	}
 	if columns == "" {
-		columns = as[string](c.value(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
+		columns = as[string](c.exec(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
 	}
-	version, encoding := as[int64](c.value(`PRAGMA user_version`)), as[string](c.value(`PRAGMA encoding`))
+	version, encoding := as[int64](c.exec(`PRAGMA user_version`)), as[string](c.exec(`PRAGMA encoding`))
 	script := ""
 	switch {
 	case c.err != nil:
@@ -361,11 +361,10 @@ func (s *sqliteEngine) moved() error {
 		return nil
 	}
 	file, err := os.Stat(s.path)
-	if err == nil && os.SameFile(file, s.file) {
+	if os.SameFile(file, s.file) {
 		return nil
 	}
-	err = cmp.Or(err, fmt.Errorf("%s is another file", s.path))
-	return fmt.Errorf("the file was removed or replaced while it was open: %w", err)
+	return fmt.Errorf("the file was removed or replaced while it was open: %w", cmp.Or(err, errors.New(s.path)))
 }
 
 // retry repeats what another connection's lock makes fail: SQLITE_BUSY or SQLITE_PROTOCOL.
@@ -411,29 +410,20 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 			c.reading = slices.DeleteFunc(c.reading, func(other driver.Rows) bool { return other == rows })
 		}()
 		row := make([]driver.Value, len(rows.Columns()))
-		for {
-			err := rows.Next(row)
-			if err != io.EOF {
-				c.err = err
-			}
-			if err != nil || !yield(row) || c.err != nil {
+		for c.err == nil {
+			if c.err = rows.Next(row); c.err == nil && !yield(row) {
 				return
 			}
+		}
+		if c.err == io.EOF { // all is well
+			c.err = nil
 		}
 	}
 }
 
-// exec runs a statement and returns its first row, or nil.
-func (c *conn) exec(sql string, args ...driver.Value) []driver.Value {
+// exec runs a statement and returns the first column of its first row, or nil.
+func (c *conn) exec(sql string, args ...driver.Value) driver.Value {
 	for row := range c.rows(sql, args...) {
-		return row
-	}
-	return nil
-}
-
-// value runs a statement and returns the first column of its first row, or nil.
-func (c *conn) value(sql string, args ...driver.Value) driver.Value {
-	if row := c.exec(sql, args...); row != nil {
 		return row[0]
 	}
 	return nil
@@ -462,14 +452,13 @@ func as[T any](v driver.Value) T { t, _ := v.(T); return t }
 
 // borrow lends fn a connection, to write if it is fn's turn.
 func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
-	switch {
-	case s.wal:
-	case write || s.path == "":
-		s.gate.Lock()
-		defer s.gate.Unlock()
-	default:
-		s.gate.RLock()
-		defer s.gate.RUnlock()
+	if !s.wal {
+		gate := s.gate.RLocker()
+		if write || s.path == "" {
+			gate = &s.gate
+		}
+		gate.Lock()
+		defer gate.Unlock()
 	}
 	var c *conn
 	s.mu.Lock()
@@ -497,7 +486,7 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 		}
 		c.Close()
 	}()
-	c.err, c.busyTimeout = nil, s.busyTimeout
+	c.err, c.busyTimeout, c.changes, c.logged = nil, s.busyTimeout, 0, 0
 	err = fn(c)
 	return cmp.Or(c.err, err)
 }
@@ -535,8 +524,8 @@ func (c *conn) get(kind, key string, whole bool) (e Entry[[]byte]) {
 	if whole {
 		sql = `SELECT ` + entryColumns + ` FROM zestor_kv WHERE kind = ? AND key = ?`
 	}
-	if v := c.exec(sql, kind, key); v != nil {
-		e = entryOf(kind, key, v)
+	for v := range c.rows(sql, kind, key) {
+		return entryOf(kind, key, v)
 	}
 	return e
 }
@@ -575,10 +564,10 @@ func (c *conn) keys(kind string) []string {
 }
 
 func (c *conn) count(kind string) int {
-	return int(as[int64](c.value(`SELECT count(*) FROM zestor_kv WHERE kind = ?`, kind)))
+	return int(as[int64](c.exec(`SELECT count(*) FROM zestor_kv WHERE kind = ?`, kind)))
 }
 
-func (c *conn) revision() int64 { return as[int64](c.value(`SELECT max(revision) FROM zestor_log`)) }
+func (c *conn) revision() int64 { return as[int64](c.exec(`SELECT max(revision) FROM zestor_log`)) }
 
 func (c *conn) failure() error { return c.err }
 
@@ -723,7 +712,6 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		if c.busyTimeout -= max(0, s.locked.Sub(arrived)); c.busyTimeout < 0 {
 			return errLocked
 		}
-		c.changes, c.logged = 0, 0
 		err := c.transaction("BEGIN IMMEDIATE", func() error { // of a file opened read-only it only reads
 			err := fn(c)
 			if err == nil && c.changes > 0 {
@@ -745,7 +733,7 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 // trim cuts the log to the newest changes that fit historyBytes; and a little more, so that most
 // writes find nothing to do; but never many more rows than the transaction has written.
 func (s *sqliteEngine) trim(c *conn) {
-	size := c.value(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
+	size := c.exec(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
 	if as[int64](size) > s.historyBytes {
 		c.exec(`DELETE FROM zestor_log WHERE revision < (SELECT revision FROM zestor_log WHERE position >= `+logEnd+` - ?
 			OR revision >= min(`+newest+`, ? + (SELECT min(revision) FROM zestor_log)) ORDER BY revision LIMIT 1)`,
@@ -764,14 +752,16 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	}
 	c.exec(`PRAGMA wal_autocheckpoint = 2000`) // pages, twice SQLite's number, since a change writes two: fewer fsyncs
 	size := int64(maxWAL)
-	if log := c.exec(`PRAGMA wal_checkpoint(NOOP)`); log != nil && log[0] == int64(0) { // only says how long the log is
-		size = as[int64](log[1]) * as[int64](c.value(`PRAGMA page_size`)) // frames
+	for log := range c.rows(`PRAGMA wal_checkpoint(NOOP)`) { // only says how long the log is, in frames, or that it is busy
+		if log[0] == int64(0) {
+			size = as[int64](log[1]) * as[int64](c.exec(`PRAGMA page_size`))
+		}
 	}
 	if s.room = max(maxWAL-size, maxWAL/16); size >= maxWAL {
 		s.room = size
 		patience := min(s.busyTimeout/2, 1500*time.Millisecond)
 		for start := time.Now(); time.Since(start) < patience; time.Sleep(lockPoll / 2) { // in which other processes may write
-			if c.err = nil; c.value(`PRAGMA wal_checkpoint(RESTART)`) == int64(0) { // not busy
+			if c.err = nil; c.exec(`PRAGMA wal_checkpoint(RESTART)`) == int64(0) { // not busy
 				s.room = maxWAL
 				break
 			}
