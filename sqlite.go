@@ -304,15 +304,13 @@ func (c *conn) upgrade() error {
 	if columns == "" {
 		columns = as[string](c.exec(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
 	}
-	version, encoding := as[int64](c.exec(`PRAGMA user_version`)), as[string](c.exec(`PRAGMA encoding`))
+	version := as[int64](c.exec(`PRAGMA user_version`))
 	script := ""
 	switch {
 	case c.err != nil:
 		return c.err
 	case columns == "" && known+others > 0:
 		return errors.New("not a Zestor file: it has tables, but no zestor_kv")
-	case encoding != "UTF-8":
-		return fmt.Errorf("not a Zestor file: its text is encoded as %s", encoding)
 	case version > schemaVersion:
 		return fmt.Errorf("written by a newer Zestor: its schema has version %d, this program knows %d", version, schemaVersion)
 	case version == schemaVersion && known == schemaObjects && columns == tableColumns:
@@ -326,6 +324,9 @@ func (c *conn) upgrade() error {
 	default:
 		return fmt.Errorf("not a Zestor file: version %d, %d of %d other objects, and a table zestor_kv with the columns %q",
 			version, known, schemaObjects, columns)
+	}
+	if encoding := as[string](c.exec(`PRAGMA encoding`)); encoding != "UTF-8" {
+		return cmp.Or(c.err, fmt.Errorf("not a Zestor file: its text is encoded as %s", encoding))
 	}
 	if c.engine.mode == "ro" {
 		return errors.New("not a Zestor file of this version: it would have to be made or upgraded, and is opened read-only")
