@@ -481,7 +481,7 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.done {
+		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.done && c.err == nil {
 			s.idle = append(s.idle, c)
 			return
 		}

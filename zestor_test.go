@@ -5014,6 +5014,23 @@ var _ = child("file nobody", func(args []string) {
 		}
 	}
 	must(s.Close())
+
+	s, err = fileOpen(at("open", "moment.db"))
+	must(err)
+	_, err = s.Set("k", "a", user{Age: 1})
+	must(err)
+	next, stop := iter.Pull2(s.Scan("k", zestor.Range{})) // has the one connection
+	next()
+	must(os.Chmod(at("open", "moment.db"), 0o444))
+	next, stopOther := iter.Pull2(s.Scan("k", zestor.Range{})) // opens one that can only read
+	next()
+	must(os.Chmod(at("open", "moment.db"), 0o644))
+	stop()
+	stopOther()
+	s.Set("k", "a", user{Age: 2}) // finds that out
+	_, err = s.Set("k", "a", user{Age: 3})
+	must(err)
+	must(s.Close())
 	fmt.Println("done")
 })
 
