@@ -740,9 +740,8 @@ func (s *sqliteEngine) trim(c *conn) {
 
 // restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
 // does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
-// so this keeps the store, and while a try lasts other processes, from writing until the last of them
-// has gone. It takes several tries: one waits at a place in the log that later readers keep taken, or
-// not at all while another process checkpoints. If all is in vain, the log may double.
+// so this keeps the store from writing until the last of them has gone. One try waits at a place in
+// the log that later readers keep taken, so it takes several. If all is in vain, the log may double.
 func (s *sqliteEngine) restartWAL(c *conn) {
 	s.room -= 12<<10 + 4<<10*c.changes + 2*c.bytes // at most: a change writes whole pages, of the table and of the log
 	if s.room > 0 || !s.wal {
@@ -757,10 +756,8 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	}
 	if s.room = max(maxWAL-size, maxWAL/16); size >= maxWAL {
 		s.room = size
-		patience := min(s.busyTimeout/4, time.Second)
-		c.exec(fmt.Sprintf(`PRAGMA busy_timeout = %d`, patience.Milliseconds()/2))
-		c.done = true // since that is not what the next one expects
-		for start := time.Now(); time.Since(start) < patience; time.Sleep(lockPoll / 2) {
+		patience := min(s.busyTimeout/2, 1500*time.Millisecond)
+		for start := time.Now(); time.Since(start) < patience; time.Sleep(lockPoll / 2) { // in which other processes may write
 			if c.err = nil; c.exec(`PRAGMA wal_checkpoint(RESTART)`) == int64(0) { // not busy
 				s.room = maxWAL
 				break

@@ -8838,47 +8838,6 @@ func TestWALOfShortStores(t *testing.T) {
 	}
 }
 
-// Several stores of one file, as in several processes, keep each other from
-// starting the WAL anew, so that it grows longer than with one, but not much.
-func TestWALOfSeveralWriters(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "wal.db")
-	ctx, stop := context.WithTimeout(t.Context(), 5*time.Second)
-	defer stop()
-	var group sync.WaitGroup
-	for range 4 {
-		s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"})
-		group.Go(func() {
-			for i := 0; ctx.Err() == nil; i++ {
-				if _, err := s.Set("k", fmt.Sprint(i%100), strings.Repeat("x", 30_000)+fmt.Sprint(i)); err != nil {
-					t.Error(err)
-				}
-			}
-		})
-		for range 2 {
-			group.Go(func() {
-				for ctx.Err() == nil {
-					rwView(t, s, func(tx zestor.Reader[string]) {
-						rwErr(tx.Revision())
-						time.Sleep(200 * time.Millisecond)
-					})
-				}
-			})
-		}
-	}
-	var most int64
-	for ctx.Err() == nil {
-		if info, err := os.Stat(path + "-wal"); err == nil {
-			most = max(most, info.Size())
-		}
-		time.Sleep(time.Millisecond)
-	}
-	group.Wait()
-	t.Logf("the WAL reached %d MiB", most>>20)
-	if most > 48<<20 {
-		t.Errorf("the WAL grew to %d bytes", most)
-	}
-}
-
 // TestWALStaysSmall has a writer that never stops and readers that each last
 // no longer than a second, but always overlap, so that there is no moment at
 // which nobody reads the write-ahead log.
