@@ -345,8 +345,7 @@ type conn struct {
 	done        bool          // not to be kept
 	err         error         // SQLite's first since the connection was borrowed; nothing is run after it
 
-	changes int64 // in this transaction
-	bytes   int64 // of its arguments, which is about what a trigger logs
+	changes, logged int64 // in this transaction: rows, and bytes
 }
 
 func (s *sqliteEngine) connect() (*conn, error) {
@@ -395,9 +394,7 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 		c.args = c.args[:0]
 		for i, arg := range args {
 			c.args = append(c.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
-			size := len(as[[]byte](arg)) + len(as[string](arg))
-			c.bytes += int64(size)
-			c.done = c.done || size > maxCopy
+			c.done = c.done || len(as[[]byte](arg))+len(as[string](arg)) > maxCopy
 		}
 		var rows driver.Rows
 		c.err = c.retry(func() (err error) {
@@ -490,7 +487,7 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 		}
 		c.Close()
 	}()
-	c.err, c.busyTimeout, c.changes, c.bytes = nil, s.busyTimeout, 0, 0
+	c.err, c.busyTimeout, c.changes, c.logged = nil, s.busyTimeout, 0, 0
 	err = fn(c)
 	return cmp.Or(c.err, err)
 }
@@ -607,7 +604,7 @@ const orUpdate = ` ON CONFLICT (kind, key) DO UPDATE SET
 func (c *conn) put(kind, key string, value []byte) {
 	c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?, ?, ?, ?, ifnull(1 + `+newest+`, 1))`+orUpdate,
 		kind, key, value, now())
-	c.changes++
+	c.wrote(1, len(kind)+len(key)+len(value))
 }
 
 // putMany puts what is not there already. SQLite compares, in half the time; but it refuses even a
@@ -620,15 +617,16 @@ func (c *conn) putMany(entries []Entry[[]byte]) bool {
 		if n = 32; len(entries) < n { // rows a statement, but few different statements
 			n = 1
 		}
-		args := []driver.Value{entries[0].Kind, now()}
+		args, size := []driver.Value{entries[0].Kind, now()}, 0
 		for i, e := range entries[:n] {
 			args = append(args, e.Key, e.Value, revision+1+int64(i))
+			size += len(e.Kind) + len(e.Key) + len(e.Value)
 		}
 		c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?1, ?3, ?, ?2, ?)`+
 			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+orUpdate+` WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
 		before := revision
 		revision = c.revision() // equal values took none, and a trigger has put the others right
-		c.changes += revision - before
+		c.wrote(revision-before, size)
 	}
 	return true
 }
@@ -637,8 +635,14 @@ func now() string { return time.Now().UTC().Format("2006-01-02T15:04:05.000Z") }
 
 func (c *conn) remove(old Entry[[]byte]) {
 	c.exec(`DELETE FROM zestor_kv WHERE kind = ? AND key = ?`, old.Kind, old.Key)
-	c.changes++
-	c.bytes += int64(len(old.Value)) // a trigger logs it
+	c.wrote(1, len(old.Kind)+len(old.Key)+len(old.Value))
+}
+
+// wrote counts changes, and what a trigger has logged of them.
+func (c *conn) wrote(changes int64, bytes int) {
+	if c.changes += changes; changes > 0 {
+		c.logged += int64(bytes) + 64*changes
+	}
 }
 
 // A request is a write that may share a transaction with others.
@@ -682,7 +686,7 @@ func (s *sqliteEngine) group() {
 	err := s.transact(group[0].arrived, func(c *conn) error {
 		for i := 0; i < len(group); i++ {
 			group[i].err = group[i].fn(c)
-			if len(s.waiting) > 0 && c.err == nil && c.bytes <= groupBytes {
+			if len(s.waiting) > 0 && c.err == nil && c.logged <= groupBytes {
 				group = append(group, <-s.waiting)
 			}
 		}
@@ -734,7 +738,7 @@ func (s *sqliteEngine) trim(c *conn) {
 	if as[int64](size) > s.historyBytes {
 		c.exec(`DELETE FROM zestor_log WHERE revision < (SELECT revision FROM zestor_log WHERE position >= `+logEnd+` - ?
 			OR revision >= min(`+newest+`, ? + (SELECT min(revision) FROM zestor_log)) ORDER BY revision LIMIT 1)`,
-			s.historyBytes-s.historyBytes/16, 256+2*c.changes+c.bytes/32)
+			s.historyBytes-s.historyBytes/16, 256+c.logged/32)
 	}
 }
 
@@ -743,7 +747,7 @@ func (s *sqliteEngine) trim(c *conn) {
 // so this keeps the store from writing until the last of them has gone. One try waits at a place in
 // the log that later readers keep taken, so it takes several. If all is in vain, the log may double.
 func (s *sqliteEngine) restartWAL(c *conn) {
-	s.room -= 12<<10 + 4<<10*c.changes + 2*c.bytes // at most: a change writes whole pages, of the table and of the log
+	s.room -= 12<<10 + 4<<10*c.changes + 2*c.logged // at most: a change writes whole pages, of the table and of the log
 	if s.room > 0 || !s.wal {
 		return
 	}
