@@ -478,7 +478,10 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.done && c.err == nil {
+		// SQLite opens a file that can't be written at the moment only to read, for as long as the connection
+		// is kept. After other errors it is: the last to close leaves what failed to sync for others to recover.
+		readOnly := c.err != nil && c.err.Error() == "attempt to write a readonly database"
+		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.done && !readOnly {
 			s.idle = append(s.idle, c)
 			return
 		}
