@@ -196,6 +196,7 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	s.idle = []*conn{c}
 	s.file, _ = os.Stat(s.path)
 	err = c.retry(func() error { // from the start if another process has been faster
+		c.err = nil
 		return c.transaction("BEGIN", c.upgrade)
 	})
 	mode := "PRAGMA journal_mode = WAL"
@@ -371,14 +372,14 @@ func (s *sqliteEngine) moved() error {
 // retry repeats what another connection's lock makes fail: SQLITE_BUSY or SQLITE_PROTOCOL.
 func (c *conn) retry(fn func() error) error {
 	for {
-		start := time.Now()
-		err := fn()
+		start, left := time.Now(), c.busyTimeout
+		err := fn() // may retry too
 		// The driver's type for errors does not exist without cgo.
 		if err == nil || err.Error() != "database is locked" && err.Error() != "locking protocol" {
 			return err
 		}
 		time.Sleep(lockPoll / 10) // for what SQLite does not wait at all
-		if c.busyTimeout -= time.Since(start); c.busyTimeout <= 0 {
+		if c.busyTimeout = left - time.Since(start); c.busyTimeout <= 0 {
 			return fmt.Errorf("%w: %w", errLocked, err)
 		}
 	}
