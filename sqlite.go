@@ -26,7 +26,7 @@ import (
 // complete. They also number the changes: a write that comes with the next revision is the store's
 // own and is only logged; to any other they give its version, revision and time.
 //
-// Files hold this text and inspect compares it: to change one byte of createTable or createLog takes
+// Files hold this text and upgrade compares it: to change one byte of createTable or createLog takes
 // a new schemaVersion and an upgrade.
 //
 // The newest row of the log can't be deleted: it is where the store's revision is kept. position
@@ -479,8 +479,8 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		// SQLite opens a file that can't be written at the moment only to read, for as long as the connection
-		// is kept. After other errors it is: the last to close leaves what failed to sync for others to recover.
+		// A connection made while the file can't be written only ever reads. After other errors it is kept:
+		// when the last one closes, a commit that failed to sync may be left in the WAL, to be recovered.
 		readOnly := c.err != nil && c.err.Error() == "attempt to write a readonly database"
 		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.done && !readOnly {
 			s.idle = append(s.idle, c)

@@ -3860,7 +3860,8 @@ func TestFileDSN(t *testing.T) {
 	})
 }
 
-// fileSyncer counts the fsyncs of a program, and lets one fail for each file that it finds.
+// fileSyncer counts the fsyncs of a program, and lets one fail if it finds a
+// file, which it removes, or all while it finds a directory.
 const fileSyncer = `
 #include <errno.h>
 #include <fcntl.h>
@@ -3870,7 +3871,7 @@ const fileSyncer = `
 static int note(int fd, long call) {
 	int log = open(getenv("SYNCS"), O_WRONLY | O_APPEND);
 	if (log >= 0 && write(log, "s", 1) == 1) close(log);
-	if (unlink(getenv("SYNCS_FAIL")) == 0) { errno = EIO; return -1; }
+	if (unlink(getenv("SYNCS_FAIL")) == 0 || errno == EISDIR) { errno = EIO; return -1; }
 	return syscall(call, fd);
 }
 int fsync(int fd) { return note(fd, SYS_fsync); }
@@ -3896,6 +3897,13 @@ var _ = child("file syncs", func(args []string) {
 		}
 	}
 	syncs(sets(2))
+	must(os.Mkdir(os.Getenv("SYNCS_FAIL"), 0o700)) // while there is one connection, which nothing should close
+	_, err = s.Set("k", "a", user{Age: -1})
+	v, _, _ := s.Get("k", "a")
+	must(os.Remove(os.Getenv("SYNCS_FAIL")))
+	again, _, got := s.Get("k", "a")
+	must(got)
+	fmt.Println(v.Age, again.Age, err)
 	fmt.Println(syncs(sets(20)))
 	for _, write := range []func(key string) error{ // group commit shares them
 		func(key string) error { return rwErr(s.Set("l", key, user{})) },
@@ -3966,6 +3974,10 @@ func TestFileDurability(t *testing.T) {
 			check(t, os.WriteFile(os.Getenv("SYNCS"), nil, 0o600))
 			t.Setenv("LD_PRELOAD", lib)
 			p := fileStart(t, "file syncs", fileURI(filepath.Join(dir, fmt.Sprint(i, ".db")), c.params), c.rollback)
+			refused := p.line(t)
+			if c.durable && !strings.HasPrefix(refused, "2 2 zestor: set k/a: ") {
+				t.Fatalf("a Set whose fsync fails, as all do: values and error %s", refused)
+			}
 			syncs, err := strconv.Atoi(p.line(t))
 			check(t, err)
 			for _, what := range []string{"Set", "SetIf", "Delete"} {
