@@ -3413,6 +3413,25 @@ func TestWatchHistoryBytes(t *testing.T) {
 	})
 }
 
+// However much a transaction reads, it trims about as much as it writes.
+func TestWatchHistoryIsCutInSteps(t *testing.T) {
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
+	watchFill(t, s, "k", 20_000)
+	check(t, s.Close())
+	s = openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, HistoryBytes: 1000})
+	check(t, s.Update(func(tx zestor.ReadWriter[string]) error {
+		for i := range 20_000 {
+			if _, _, err := tx.Get("k", fmt.Sprintf("%06d.%d", i+1, i)); err != nil {
+				return err
+			}
+		}
+		return rwErr(tx.Set("k", "a", "x"))
+	}))
+	if rows, _, _, _ := watchLog(t, path); rows < 19_000 || rows > 20_000 {
+		t.Fatalf("one change of 20000 rows left %d", rows)
+	}
+}
+
 // watchLatency is the median time from another process's return of Set to its
 // event, over n changes.
 func watchLatency(t testing.TB, n int) time.Duration {
@@ -5063,6 +5082,35 @@ func TestFilePermission(t *testing.T) {
 	p := fileStart(t, "file nobody", dir)
 	fileEqual(t, "child", p.line(t), "done")
 	fileSame(t, filepath.Join(dir, "closed"), before)
+}
+
+// Opening waits for BusyTimeout, also if the lock changes hands meanwhile.
+func TestFileOpenWaits(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	fileStatements(t, path, fileOldTable, "CREATE TABLE other (x)")
+	db, err := sql.Open("sqlite3", path)
+	check(t, err)
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	exec := func(q string) { check(t, rwErr(db.Exec(q))) }
+	exec("PRAGMA cache_size = 2")
+	exec("BEGIN IMMEDIATE") // which keeps readers out as soon as the cache is full
+	var group sync.WaitGroup
+	for range 6 {
+		group.Go(func() {
+			s, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[int]{DSN: path, DisableWAL: true, BusyTimeout: 4 * time.Second})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			check(t, s.Close())
+		})
+	}
+	time.Sleep(150 * time.Millisecond) // so that they wait already
+	exec("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300) INSERT INTO other SELECT randomblob(4000) FROM n")
+	time.Sleep(2400 * time.Millisecond)
+	exec("ROLLBACK")
+	group.Wait()
 }
 
 func TestFileRemoved(t *testing.T) {
