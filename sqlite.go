@@ -749,7 +749,8 @@ func (s *sqliteEngine) trim(c *conn) {
 // restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
 // does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
 // so this keeps the store from writing until the last of them has gone. One try waits at a place in
-// the log that later readers keep taken, so it takes several. If all is in vain, the log may double.
+// the log that later readers keep taken, so it takes several. If all is in vain, the log may double,
+// or grow more if several processes write, in the pauses between each other's tries.
 func (s *sqliteEngine) restartWAL(c *conn) {
 	s.room -= 12<<10 + 4<<10*c.changes + 2*c.logged // at most: a change writes whole pages, of the table and of the log
 	if s.room > 0 || !s.wal {
