@@ -749,8 +749,9 @@ func (s *sqliteEngine) trim(c *conn) {
 // restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
 // does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
 // so this keeps the store from writing until the last of them has gone. One try waits at a place in
-// the log that later readers keep taken, so it takes several. If all is in vain, the log may double,
-// or grow more if several processes write, in the pauses between each other's tries.
+// the log that later readers keep taken, so it takes several. If that place moves on, but others write
+// in between, they are kept from writing as well. If all is in vain, since one reader goes on and on,
+// the log may double before the next time.
 func (s *sqliteEngine) restartWAL(c *conn) {
 	s.room -= 12<<10 + 4<<10*c.changes + 2*c.logged // at most: a change writes whole pages, of the table and of the log
 	if s.room > 0 || !s.wal {
@@ -765,13 +766,25 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	}
 	if s.room = max(maxWAL-size, maxWAL/16); size >= maxWAL {
 		s.room = size
-		patience := min(s.busyTimeout/2, 1500*time.Millisecond)
-		for start := time.Now(); time.Since(start) < patience; time.Sleep(lockPoll / 2) { // in which other processes may write
-			if c.err = nil; c.exec(`PRAGMA wal_checkpoint(RESTART)`) == int64(0) { // not busy
-				s.room = maxWAL
-				break
+		patience := min(s.busyTimeout/2, 2500*time.Millisecond)
+		hold := func(d time.Duration) { c.exec(fmt.Sprint(`PRAGMA busy_timeout = `, d.Milliseconds())) } // how long a try takes
+		first, start := int64(-1), time.Now()
+		for busy := true; busy && time.Since(start) < patience; time.Sleep(lockPoll / 2) {
+			c.err = nil
+			for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
+				place := as[int64](log[2])
+				if busy = log[0] != int64(0); !busy || first >= 0 && place > first {
+					s.room = maxWAL
+				}
+				if first < 0 {
+					first = place
+				} else if place > first && time.Since(start) > patience/5 {
+					hold(patience) // the lock that keeps others from writing
+				}
 			}
 		}
+		c.err = nil
+		hold(lockPoll)
 	}
 	c.err = nil // the commit has succeeded
 }

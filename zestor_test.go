@@ -8898,6 +8898,49 @@ func TestWALOfShortStores(t *testing.T) {
 	}
 }
 
+// Several stores that write, each beside overlapping Views, keep the WAL small
+// together, although each writes while another waits for the readers.
+func TestWALOfSeveralWriters(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	ctx, stop := context.WithTimeout(t.Context(), 8*time.Second)
+	defer stop()
+	var group sync.WaitGroup
+	for n := range 3 {
+		s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"})
+		group.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				value := fmt.Sprint(i, strings.Repeat("x", 20_000))
+				if _, err := s.Set("k", fmt.Sprint(n, i%100), value); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+		for late := range 2 {
+			group.Go(func() {
+				time.Sleep(time.Duration(late) * 100 * time.Millisecond) // so that they overlap
+				for ctx.Err() == nil {
+					rwView(t, s, func(tx zestor.Reader[string]) {
+						rwErr(tx.Revision())
+						time.Sleep(200 * time.Millisecond)
+					})
+				}
+			})
+		}
+	}
+	most := int64(0)
+	for ctx.Err() == nil {
+		if info, err := os.Stat(path + "-wal"); err == nil {
+			most = max(most, info.Size())
+		}
+		time.Sleep(time.Millisecond)
+	}
+	group.Wait()
+	t.Logf("the WAL reached %d KiB", most>>10)
+	if most > 48<<20 {
+		t.Errorf("the WAL grew to %d bytes", most)
+	}
+}
+
 // TestWALStaysSmall has a writer that never stops and readers that each last
 // no longer than a second, but always overlap, so that there is no moment at
 // which nobody reads the write-ahead log.
