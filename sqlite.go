@@ -748,10 +748,9 @@ func (s *sqliteEngine) trim(c *conn) {
 
 // restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
 // does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
-// so this keeps the store from writing until the last of them has gone. One try waits at a place in
-// the log that later readers keep taken, so it takes several. If that place moves on, but others write
-// in between, they are kept from writing as well. If all is in vain, since one reader goes on and on,
-// the log may double before the next time.
+// so this keeps the store from writing until the last of them has gone; and if other stores write
+// meanwhile, keeps them from it too. One try waits at a place in the log that later readers keep taken,
+// so it takes several. If all is in vain, since readers take long, the log may double before the next.
 func (s *sqliteEngine) restartWAL(c *conn) {
 	s.room -= 12<<10 + 4<<10*c.changes + 2*c.logged // at most: a change writes whole pages, of the table and of the log
 	if s.room > 0 || !s.wal {
@@ -766,25 +765,28 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	}
 	if s.room = max(maxWAL-size, maxWAL/16); size >= maxWAL {
 		s.room = size
-		patience := min(s.busyTimeout/2, 2500*time.Millisecond)
-		hold := func(d time.Duration) { c.exec(fmt.Sprint(`PRAGMA busy_timeout = `, d.Milliseconds())) } // how long a try takes
-		first, start := int64(-1), time.Now()
-		for busy := true; busy && time.Since(start) < patience; time.Sleep(lockPoll / 2) {
+		patience, first := min(s.busyTimeout/2, 2*time.Second), int64(-1)
+	tries:
+		for start := time.Now(); time.Since(start) < patience; {
+			pause := lockPoll / 2
 			c.err = nil
 			for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
-				place := as[int64](log[2])
-				if busy = log[0] != int64(0); !busy || first >= 0 && place > first {
+				frames, copied := as[int64](log[1]), as[int64](log[2]) // -1 while another restarts it
+				switch {
+				case log[0] == int64(0) || 0 <= frames && frames < first: // here or elsewhere it is done
 					s.room = maxWAL
-				}
-				if first < 0 {
-					first = place
-				} else if place > first && time.Since(start) > patience/5 {
-					hold(patience) // the lock that keeps others from writing
+					break tries
+				case first < 0:
+					first = frames
+				case copied > first: // the readers of that time are gone, but others have written
+					c.exec(`PRAGMA busy_timeout = 100`) // for which a try keeps them from it
+					pause = 0
 				}
 			}
+			time.Sleep(pause)
 		}
 		c.err = nil
-		hold(lockPoll)
+		c.exec(`PRAGMA busy_timeout = 10`) // lockPoll, as before
 	}
 	c.err = nil // the commit has succeeded
 }
