@@ -87,7 +87,7 @@ func (e *memEngine[T]) kind(kind string) *memKind[T] {
 	if k := e.kinds[kind]; k != nil {
 		return k
 	}
-	return &memKind[T]{}
+	return &memKind[T]{rows: make(map[string]*memRow[T])}
 }
 
 // row returns nil if the key is absent.
@@ -180,9 +180,7 @@ func (e *memEngine[T]) scan(kind string, r Range, _ bool, each func(Entry[T]) bo
 	}
 }
 
-func (e *memEngine[T]) keys(kind string) []string {
-	return append([]string{}, e.kind(kind).order()...)
-}
+func (e *memEngine[T]) keys(kind string) []string { return append([]string{}, e.kind(kind).order()...) }
 
 func (e *memEngine[T]) count(kind string) int { return len(e.kind(kind).rows) }
 
@@ -224,10 +222,7 @@ func (e *memEngine[T]) change(what EventType, now Entry[T], r *memRow[T]) {
 // replace stores r under a key, or removes the key, and returns what was there.
 func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) {
 	k := e.kind(kind)
-	if k.rows == nil {
-		k.rows = make(map[string]*memRow[T])
-		e.kinds[kind] = k
-	}
+	e.kinds[kind] = k
 	old = k.rows[key]
 	if r != nil {
 		k.rows[key] = r
