@@ -291,15 +291,14 @@ func (s *sqliteEngine) parse(text string) (err error) {
 
 // upgrade gives the file this schema, if it does not have it, or says why it can't.
 func (c *conn) upgrade() error {
-	columns, known, others := "", 0, 0
+	columns, known, objects := "", 0, 0
 	for v := range c.rows(`SELECT sql || ';' FROM sqlite_schema WHERE name NOT GLOB 'sqlite_*'`) {
+		objects++
 		switch sql := as[string](v[0]); {
 		case sql == createTable:
 			columns = tableColumns // most files need no closer look, for which SQLite takes its time
 		case strings.Contains(createLog, sql):
 			known++
-		default:
-			others++
 		}
 	}
 	if columns == "" {
@@ -310,7 +309,7 @@ func (c *conn) upgrade() error {
 	switch {
 	case c.err != nil:
 		return c.err
-	case columns == "" && known+others > 0:
+	case columns == "" && objects > 0:
 		return errors.New("not a Zestor file: it has tables, but no zestor_kv")
 	case version > schemaVersion:
 		return fmt.Errorf("written by a newer Zestor: its schema has version %d, this program knows %d", version, schemaVersion)
