@@ -188,7 +188,12 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 		case ended:
 			return
 		case next != nil:
-			ev = c.decodeEvent(next, failure)
+			var value T
+			if next.Type != EventSynced && next.Err == nil && failure == nil {
+				value, failure = c.decode(next.Value)
+			}
+			err := cmp.Or(next.Err, place{"watch", next.Kind, next.Key}.fail(failure))
+			ev = Event[T]{next.Type, next.Kind, next.Key, value, next.Version, next.Revision, err}
 			ch, failure = w.ch, nil
 			continue
 		}
@@ -199,18 +204,6 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 		case <-w.ctx.Done():
 		}
 	}
-}
-
-// decodeEvent decodes the value of a change, unless that is known to fail.
-func (c *core[T, V]) decodeEvent(e *Event[V], failure error) Event[T] {
-	ev := Event[T]{Type: e.Type, Kind: e.Kind, Key: e.Key, Version: e.Version, Revision: e.Revision, Err: e.Err}
-	if e.Type != EventSynced && e.Type != EventError {
-		if failure == nil {
-			ev.Value, failure = c.decode(e.Value)
-		}
-		ev.Err = place{"watch", e.Kind, e.Key}.fail(failure)
-	}
-	return ev
 }
 
 // hub is the broadcast from a store's writers, or from its tail, to its watches. Locks are taken in
