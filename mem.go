@@ -11,12 +11,10 @@ import (
 // NewMemStore returns a store in memory, for caches, tests and scratch data. It keeps nothing after
 // Close. While View's function runs writers wait, and while Update's runs everybody does.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
-	e := &memEngine[T]{kinds: make(map[string]*memKind[T])}
-	st := newStore(&core[T, T]{engine: e, options: opts, equal: equality[T](),
+	e := &memEngine[T]{hub: new(hub[T, T]), kinds: make(map[string]*memKind[T])}
+	return &memStore[T]{newStore(&core[T, T]{engine: e, hub: e.hub, options: opts, equal: equality[T](),
 		encode: func(_, _ string, value T) (T, error) { return value, nil },
-		decode: func(value T) (T, error) { return value, nil }})
-	e.hub = &st.hub
-	return &memStore[T]{st, e}
+		decode: func(value T) (T, error) { return value, nil }}), e}
 }
 
 // memStore has quick paths for what programs do most. Each does what the store does, or calls it;

@@ -221,7 +221,7 @@ type hub[T, V any] struct {
 
 // add makes w receive all changes that are not in s, whose first read this is, and starts the tail.
 func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) {
-	h := &c.hub
+	h := c.hub
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if w.from = s.revision(); h.ended {

@@ -317,7 +317,7 @@ type core[T, V any] struct {
 	decode  func(V) (T, error)                         // runs the codec
 	equal   func(prev, next V) bool                    // without CompareFn
 	streams bool                                       // a read that lasts is in nobody's way
-	hub     hub[T, V]
+	hub     *hub[T, V]
 	open    sync.RWMutex // read-locked by each call; Close locks it for good
 	closing sync.Once
 	repeats atomic.Bool // the last Set changed nothing, so the next may not either
