@@ -80,11 +80,11 @@ type watchOptions struct {
 	limit           int
 }
 
-func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error) {
+func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (ch <-chan Event[T], err error) {
 	w := &watch[T, V]{kind: kind, wake: make(chan struct{}, 1)}
 	w.limit, w.counted.L = DefaultWatchBufferSize, &w.mu
 	var ended error // ctx's, which comes back as it is
-	err := st.call(&place{"watch", kind}, func() error {
+	err = st.call(&place{"watch", kind}, func() error {
 		for _, opt := range opts {
 			if opt != nil {
 				opt(&w.watchOptions)
@@ -114,12 +114,10 @@ func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOpti
 			return err
 		}
 		go st.deliver(w, nil)
+		ch = w.ch
 		return nil
 	})
-	if err != nil {
-		return nil, cmp.Or(ended, err)
-	}
-	return w.ch, nil
+	return ch, cmp.Or(ended, err)
 }
 
 // begin adds w to the hub and queues its replay, which is held in memory so that no consumer can
