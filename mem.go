@@ -4,6 +4,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"sort"
 	"sync"
 	"time"
 )
@@ -162,10 +163,7 @@ func (e *memEngine[T]) scan(kind string, r Range, _ bool, each func(Entry[T]) bo
 	keys := k.order()
 	lo, hi := r.bounds()
 	from, _ := slices.BinarySearch(keys, lo)
-	to := len(keys)
-	if hi != "" {
-		to, _ = slices.BinarySearch(keys, hi)
-	}
+	to := sort.Search(len(keys), func(n int) bool { return hi != "" && keys[n] >= hi })
 	keys = keys[from:max(from, to)]
 	for n := range keys {
 		key := keys[n]
