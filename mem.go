@@ -107,8 +107,7 @@ func (r *memRow[T]) entry(kind, key string) Entry[T] {
 type memKind[T any] struct {
 	rows map[string]*memRow[T] // protected by the engine's mu, with what is pointed at
 
-	// The index is made when somebody first needs an order, and brought up to date when somebody
-	// next does, under the engine's read lock.
+	// The index is made, and brought up to date, when somebody needs it, under the engine's read lock.
 	index   sync.Mutex
 	sorted  []string // protected by mu, or its read lock and index; nil: not made
 	changed []string // protected likewise; keys that came or went since

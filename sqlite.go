@@ -150,9 +150,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 		decode: decoder[T](codec), streams: e.wal, hub: &hub[T, []byte]{wake: e.wake}}), nil
 }
 
-// sqliteEngine keeps encoded values in a SQLite file.
-//
-// Locks are taken in this order: turn or slots, gate, then mu.
+// sqliteEngine is a SQLite file. Locks are taken in this order: turn or slots, gate, then mu.
 type sqliteEngine struct {
 	path         string // absolute, since the program may change its directory; "" is ":memory:"
 	uri          string // for the driver, but for the mode

@@ -1,6 +1,5 @@
-// Package zestor is a typed key-value store that a program can watch: a map behind a mutex for
-// tests and caches, or one SQLite file for data that must survive. Both behave the same: to swap
-// them, change one line.
+// Package zestor is a typed key-value store that a program can watch: a map in memory, or one
+// SQLite file for data that must survive. Both behave the same: to swap them, change one line.
 //
 //	s, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[User]{DSN: "app.db"})
 //	if err != nil {
