@@ -76,6 +76,7 @@ type memEngine[T any] struct {
 
 	mu      sync.RWMutex
 	kinds   map[string]*memKind[T] // protected by mu
+	recent  *memKind[T]            // protected by mu; one of kinds, which was last changed, or nil: found without a lookup
 	newest  int64                  // protected by mu; the revision
 	undo    []func()               // protected by mu; of a transaction
 	changes []*Event[T]            // protected by mu; of a transaction while somebody watches
@@ -83,10 +84,13 @@ type memEngine[T any] struct {
 
 // kind returns an empty memKind if the kind is absent.
 func (e *memEngine[T]) kind(kind string) *memKind[T] {
+	if e.recent != nil && e.recent.name == kind {
+		return e.recent
+	}
 	if k := e.kinds[kind]; k != nil {
 		return k
 	}
-	return &memKind[T]{rows: make(map[string]*memRow[T])}
+	return &memKind[T]{name: kind, rows: make(map[string]*memRow[T])}
 }
 
 // row returns nil if the key is absent.
@@ -105,6 +109,7 @@ func (r *memRow[T]) entry(kind, key string) Entry[T] {
 
 // memKind is the rows of one kind, and an index of their keys.
 type memKind[T any] struct {
+	name string
 	rows map[string]*memRow[T] // protected by the engine's mu, with what is pointed at
 
 	// The index is made, and brought up to date, when somebody needs it, under the engine's read lock.
@@ -140,7 +145,7 @@ func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 func (e *memEngine[T]) close() error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.kinds = nil
+	e.kinds, e.recent = nil, nil
 	return nil
 }
 
@@ -217,7 +222,7 @@ func (e *memEngine[T]) change(what EventType, now Entry[T], r *memRow[T]) {
 // replace stores r under a key, or removes the key, and returns what was there.
 func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) {
 	k := e.kind(kind)
-	e.kinds[kind] = k
+	e.kinds[kind], e.recent = k, k
 	old = k.rows[key]
 	if r != nil {
 		k.rows[key] = r
@@ -227,6 +232,7 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 	switch {
 	case len(k.rows) == 0:
 		delete(e.kinds, kind)
+		e.recent = nil
 	case len(k.changed) >= len(k.sorted)/2:
 		k.sorted, k.changed = nil, nil // no better than a new one, if it is made at all
 	case old == nil || r == nil:
