@@ -754,30 +754,28 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 		return
 	}
 	c.exec(`PRAGMA wal_autocheckpoint = 2000`) // pages, twice SQLite's number, since a change writes two: fewer fsyncs
-	size := int64(maxWAL)
-	for log := range c.rows(`PRAGMA wal_checkpoint(NOOP)`) { // only says how long the log is, in frames, or that it is busy
+	page := max(1, as[int64](c.exec(`PRAGMA page_size`)))
+	length := maxWAL / page                                  // of the log, in frames
+	for log := range c.rows(`PRAGMA wal_checkpoint(NOOP)`) { // only says how long it is, or that it is busy
 		if log[0] == int64(0) {
-			size = as[int64](log[1]) * as[int64](c.exec(`PRAGMA page_size`))
+			length = as[int64](log[1])
 		}
 	}
-	if s.room = max(maxWAL-size, maxWAL/16); size >= maxWAL {
-		s.room = size
-		patience, first := min(s.busyTimeout/2, 2*time.Second), int64(-1)
+	if s.room = max(maxWAL-length*page, maxWAL/16); length*page >= maxWAL {
+		s.room = length * page
+		pause, end := lockPoll/2, time.Now().Add(min(s.busyTimeout/2, 2*time.Second))
 	tries:
-		for start := time.Now(); time.Since(start) < patience; {
-			pause := lockPoll / 2
-			c.err = nil
+		for c.err == nil && time.Now().Before(end) {
 			for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
 				frames, copied := as[int64](log[1]), as[int64](log[2]) // -1 while another restarts it
 				switch {
-				case log[0] == int64(0) || 0 <= frames && frames < first: // here or elsewhere it is done
+				case log[0] == int64(0) || 0 <= frames && frames < length: // here or elsewhere it is done
 					s.room = maxWAL
 					break tries
-				case first < 0:
-					first = frames
-				case copied > first: // the readers of that time are gone, but others have written
-					c.exec(`PRAGMA busy_timeout = 100`) // for which a try keeps them from it
-					pause = 0
+				case copied > length && pause == lockPoll/2: // the readers of that time are gone, but others have written
+					// Now they can only between the tries; not for long, lest they wait for a second in vain.
+					c.exec(`PRAGMA busy_timeout = 100`)
+					pause, end = lockPoll/100, time.Now().Add(min(time.Until(end), 700*time.Millisecond))
 				}
 			}
 			time.Sleep(pause)
