@@ -171,6 +171,7 @@ type sqliteEngine struct {
 	// For whose turn it is.
 	locked time.Time // when the last transaction failed because of a lock; zero: it did not
 	room   int64     // what may go into the WAL before restartWAL looks how long it is
+	page   int64     // the size of a page, once it has looked
 }
 
 func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
@@ -749,21 +750,21 @@ func (s *sqliteEngine) trim(c *conn) {
 // meanwhile, keeps them from it too. One try waits at a place in the log that later readers keep taken,
 // so it takes several. If all is in vain, since readers take long, the log may double before the next.
 func (s *sqliteEngine) restartWAL(c *conn) {
-	s.room -= 12<<10 + 4<<10*c.changes + 2*c.logged // at most: a change writes whole pages, of the table and of the log
+	s.room -= s.page*(3+2*c.changes) + 2*c.logged // at most: a change writes whole pages, of the table and of the log
 	if s.room > 0 || !s.wal {
 		return
 	}
 	c.exec(`PRAGMA wal_autocheckpoint = 2000`) // pages, twice SQLite's number, since a change writes two: fewer fsyncs
-	page := max(1, as[int64](c.exec(`PRAGMA page_size`)))
-	length := maxWAL / page                                  // of the log, in frames
+	s.page = max(1, as[int64](c.exec(`PRAGMA page_size`)))
+	length := maxWAL / s.page                                // of the log, in frames
 	for log := range c.rows(`PRAGMA wal_checkpoint(NOOP)`) { // only says how long it is, or that it is busy
 		if log[0] == int64(0) {
 			length = as[int64](log[1])
 		}
 	}
-	if s.room = max(maxWAL-length*page, maxWAL/16); length*page >= maxWAL {
-		s.room = length * page
-		pause, end := lockPoll/2, time.Now().Add(min(s.busyTimeout/2, 2*time.Second))
+	if s.room = max(maxWAL-length*s.page, maxWAL/16); length*s.page >= maxWAL {
+		s.room = length * s.page
+		pause, end := lockPoll/2, time.Now().Add(min(s.busyTimeout*2/3, 3300*time.Millisecond))
 	tries:
 		for c.err == nil && time.Now().Before(end) {
 			for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {

@@ -8941,6 +8941,69 @@ func TestWALOfSeveralWriters(t *testing.T) {
 	}
 }
 
+// However the writes of one store are shaped, and however long its reads last up
+// to a second, the WAL stays small.
+func TestWALOfOneWriter(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		page    int
+		readers int
+		view    time.Duration
+		rows    int // a transaction
+		size    int // of a row
+	}{
+		{"reads of a second", 4096, 25, 900 * time.Millisecond, 1, 20_000},
+		{"rows with overflow pages", 4096, 2, 50 * time.Millisecond, 10, 1010},
+		{"large pages", 16384, 2, 50 * time.Millisecond, 1, 200},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "a.db")
+			fileStatements(t, path, fmt.Sprint("PRAGMA page_size = ", c.page), "PRAGMA journal_mode = WAL")
+			s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"})
+			key := func(i int) string { return fmt.Sprint(i * 7919 % 20_000) } // rarely two on a page
+			values, size := make(map[string]string), min(c.size, 1010)
+			for i := range 20_000 {
+				values[key(i)] = strings.Repeat("y", size)
+			}
+			check(t, s.SetMany("k", values))
+			check(t, s.Close()) // which takes the WAL into the file
+			s = openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"})
+
+			ctx, stop := context.WithTimeout(t.Context(), max(4*time.Second, 7*c.view))
+			defer stop()
+			var group sync.WaitGroup
+			for n := range c.readers {
+				group.Go(func() {
+					time.Sleep(c.view * time.Duration(n) / time.Duration(c.readers)) // so that they overlap
+					for ctx.Err() == nil {
+						rwView(t, s, func(tx zestor.Reader[string]) {
+							rwErr(tx.Revision())
+							time.Sleep(c.view)
+						})
+					}
+				})
+			}
+			most, writes := int64(0), 0
+			for ctx.Err() == nil {
+				clear(values)
+				for range c.rows {
+					writes++
+					values[key(writes)] = fmt.Sprint(writes, strings.Repeat("x", c.size))
+				}
+				check(t, s.SetMany("k", values))
+				info, err := os.Stat(path + "-wal")
+				check(t, err)
+				most = max(most, info.Size())
+			}
+			group.Wait()
+			t.Logf("%d writes: the WAL reached %d KiB", writes, most>>10)
+			if most > 16<<20 {
+				t.Errorf("the WAL grew to %d bytes", most)
+			}
+		})
+	}
+}
+
 // TestWALStaysSmall has a writer that never stops and readers that each last
 // no longer than a second, but always overlap, so that there is no moment at
 // which nobody reads the write-ahead log.
