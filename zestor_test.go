@@ -5113,6 +5113,21 @@ func TestFileOpenWaits(t *testing.T) {
 	group.Wait()
 }
 
+// A store that does not wait for fsync looks less often whether its file is there.
+func TestFileRemovedWithoutFsync(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: "file:" + path + "?_synchronous=NORMAL"})
+	fileOK(t)(s.Set("k", "a", -1))
+	check(t, os.Remove(path))
+	fileSoon(t, func() error {
+		for i := 0; ; i++ {
+			if _, err := s.Set("k", "a", i); err != nil {
+				return fileBad(err, path, "set k/a")
+			}
+		}
+	})
+}
+
 func TestFileRemoved(t *testing.T) {
 	for _, c := range []struct {
 		name    string
