@@ -760,7 +760,9 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	if s.room > 0 || !s.wal {
 		return
 	}
-	c.exec(`PRAGMA wal_autocheckpoint = 2900`) // pages, so that SQLite comes before this: fewer fsyncs than with its 1000
+	if !s.durable { // else each write waits for fsync, which takes longer while the log grows
+		c.exec(`PRAGMA wal_autocheckpoint = 2900`) // pages, not 1000: rarely, but before this has to
+	}
 	s.page = max(1, as[int64](c.exec(`PRAGMA page_size`)))
 	length := maxWAL / s.page                                // of the log, in frames
 	for log := range c.rows(`PRAGMA wal_checkpoint(NOOP)`) { // only says how long it is, or that it is busy
