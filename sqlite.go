@@ -753,10 +753,11 @@ func (s *sqliteEngine) trim(c *conn) {
 // restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
 // does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
 // so this keeps the store from writing until the last of them has gone; and if other stores write
-// meanwhile, keeps them from it too. One try waits at a place in the log that later readers keep taken,
+// meanwhile, and readers are short, keeps them from it too. One try waits at a place in the log that later readers keep taken,
 // so it takes several. If all is in vain, since readers take long, the log may double before the next.
 func (s *sqliteEngine) restartWAL(c *conn) {
-	s.room -= s.page*(3+2*c.changes) + 2*c.logged // at most: a change writes whole pages, of the table and of the log
+	// A change writes whole pages, of the table and of the log; twice as much where it splits or joins pages.
+	s.room -= s.page*(3+2*c.changes) + 2*c.logged
 	if s.room > 0 || !s.wal {
 		return
 	}
@@ -770,21 +771,25 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 			length = as[int64](log[1])
 		}
 	}
-	if s.room = max(maxWAL-length*s.page, maxWAL/16); length*s.page >= maxWAL {
+	if s.room = max((maxWAL-length*s.page)/2, maxWAL/16); length*s.page >= maxWAL {
 		s.room = length * s.page
-		pause, end := lockPoll/2, time.Now().Add(min(s.busyTimeout*2/3, 3300*time.Millisecond))
+		start, pause := time.Now(), lockPoll/2
+		end := start.Add(min(s.busyTimeout*2/3, 3300*time.Millisecond))
 	tries:
 		for c.err == nil && time.Now().Before(end) {
 			for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
 				frames, copied := as[int64](log[1]), as[int64](log[2]) // -1 while another restarts it
 				switch {
 				case log[0] == int64(0) || 0 <= frames && frames < length: // here or elsewhere it is done
-					s.room = maxWAL
+					s.room = maxWAL / 2
 					break tries
 				case copied > length && pause == lockPoll/2: // the readers of that time are gone, but others have written
-					// Now they can only between the tries; not for long, lest they wait for a second in vain.
-					c.exec(`PRAGMA busy_timeout = 100`)
-					pause, end = lockPoll/100, time.Now().Add(min(time.Until(end), 700*time.Millisecond))
+					if time.Since(start) < 350*time.Millisecond { // else what follows would be in vain
+						// Now they can only between the tries; not for long, lest they wait for a second.
+						c.exec(`PRAGMA busy_timeout = 100`)
+						pause, end = lockPoll/100, time.Now().Add(min(time.Until(end), 700*time.Millisecond))
+					}
+					length, start = frames, time.Now()
 				}
 			}
 			time.Sleep(pause)

@@ -8957,34 +8957,44 @@ func TestWALOfSeveralWriters(t *testing.T) {
 }
 
 // However the writes of one store are shaped, and however long its reads last up
-// to a second, the WAL stays small.
+// to a second, the WAL stays small; also if another store writes now and then.
 func TestWALOfOneWriter(t *testing.T) {
 	for _, c := range []struct {
 		name    string
 		page    int
 		readers int
 		view    time.Duration
-		rows    int // a transaction
-		size    int // of a row
+		rows    int           // a transaction
+		size    int           // of a row
+		split   bool          // each second key is absent: it deletes and creates, on pages that were full
+		other   time.Duration // another store writes each time that this is over
+		last    time.Duration
 	}{
-		{"reads of a second", 4096, 25, 900 * time.Millisecond, 1, 20_000},
-		{"rows with overflow pages", 4096, 2, 50 * time.Millisecond, 10, 1010},
-		{"large pages", 16384, 2, 50 * time.Millisecond, 1, 200},
+		{"reads of a second", 4096, 25, 900 * time.Millisecond, 1, 20_000, false, time.Hour, 7 * time.Second},
+		{"another store", 4096, 4, 900 * time.Millisecond, 1, 20_000, false, 3 * time.Second, 10 * time.Second},
+		{"rows with overflow pages", 4096, 2, 50 * time.Millisecond, 10, 1010, false, time.Hour, 4 * time.Second},
+		{"pages that split", 4096, 3, 50 * time.Millisecond, 10, 930, true, time.Hour, 4 * time.Second},
+		{"large pages", 16384, 2, 50 * time.Millisecond, 1, 200, false, time.Hour, 4 * time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			path := filepath.Join(t.TempDir(), "a.db")
 			fileStatements(t, path, fmt.Sprint("PRAGMA page_size = ", c.page), "PRAGMA journal_mode = WAL")
-			s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"})
+			o := zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"}
+			s := openSQLite(t, o)
 			key := func(i int) string { return fmt.Sprint(i * 7919 % 20_000) } // rarely two on a page
-			values, size := make(map[string]string), min(c.size, 1010)
+			values := make(map[string]string)
 			for i := range 20_000 {
-				values[key(i)] = strings.Repeat("y", size)
+				if !c.split || i%2 == 0 {
+					values[key(i)] = strings.Repeat("y", min(c.size, 1010))
+				}
 			}
 			check(t, s.SetMany("k", values))
 			check(t, s.Close()) // which takes the WAL into the file
-			s = openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"})
+			s = openSQLite(t, o)
+			other := openSQLite(t, o)
 
-			ctx, stop := context.WithTimeout(t.Context(), max(4*time.Second, 7*c.view))
+			ctx, stop := context.WithTimeout(t.Context(), c.last)
 			defer stop()
 			var group sync.WaitGroup
 			for n := range c.readers {
@@ -8998,14 +9008,33 @@ func TestWALOfOneWriter(t *testing.T) {
 					}
 				})
 			}
+			group.Go(func() {
+				for i := 0; ctx.Err() == nil; i++ {
+					fileOK(t)(other.Set("other", "a", fmt.Sprint(i)))
+					select {
+					case <-ctx.Done():
+					case <-time.After(c.other):
+					}
+				}
+			})
 			most, writes := int64(0), 0
 			for ctx.Err() == nil {
-				clear(values)
-				for range c.rows {
-					writes++
-					values[key(writes)] = fmt.Sprint(writes, strings.Repeat("x", c.size))
-				}
-				check(t, s.SetMany("k", values))
+				check(t, s.Update(func(tx zestor.ReadWriter[string]) (err error) {
+					for range c.rows {
+						writes++
+						existed := false
+						if c.split {
+							existed, _, err = tx.Delete("k", key(writes))
+						}
+						if err == nil && !existed {
+							_, err = tx.Set("k", key(writes), fmt.Sprint(writes, strings.Repeat("x", c.size)))
+						}
+						if err != nil {
+							return err
+						}
+					}
+					return nil
+				}))
 				info, err := os.Stat(path + "-wal")
 				check(t, err)
 				most = max(most, info.Size())
