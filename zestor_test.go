@@ -8971,7 +8971,7 @@ func TestWALOfOneWriter(t *testing.T) {
 		last    time.Duration
 	}{
 		{"reads of a second", 4096, 25, 900 * time.Millisecond, 1, 20_000, false, time.Hour, 7 * time.Second},
-		{"another store", 4096, 4, 900 * time.Millisecond, 1, 20_000, false, 3 * time.Second, 10 * time.Second},
+		{"another store", 4096, 4, 800 * time.Millisecond, 1, 20_000, false, 3 * time.Second, 10 * time.Second},
 		{"rows with overflow pages", 4096, 2, 50 * time.Millisecond, 10, 1010, false, time.Hour, 4 * time.Second},
 		{"pages that split", 4096, 3, 50 * time.Millisecond, 10, 930, true, time.Hour, 4 * time.Second},
 		{"large pages", 16384, 2, 50 * time.Millisecond, 1, 200, false, time.Hour, 4 * time.Second},
