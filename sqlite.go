@@ -158,7 +158,7 @@ type sqliteEngine struct {
 	busyTimeout  time.Duration
 	historyBytes int64
 	wal          bool          // else readers and writers wait for each other, at gate
-	durable      bool          // a write waits for fsync
+	durable      bool          // each write waits for fsync
 	file         os.FileInfo   // what the path named when it was opened
 	slots        chan struct{} // holds a token for each short read under way
 	turn         chan struct{} // holds a token while somebody writes
@@ -713,7 +713,7 @@ func (s *sqliteEngine) group() {
 func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	if s.durable || time.Since(s.looked) > time.Millisecond { // a look takes 6 % of a write without fsync
 		if err := s.moved(); err != nil {
-			return err
+			return err // the next write looks again
 		}
 		s.looked = time.Now()
 	}
@@ -753,10 +753,12 @@ func (s *sqliteEngine) trim(c *conn) {
 // restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
 // does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
 // so this keeps the store from writing until the last of them has gone; and if other stores write
-// meanwhile, and readers are short, keeps them from it too. One try waits at a place in the log that later readers keep taken,
-// so it takes several. If all is in vain, since readers take long, the log may double before the next.
+// meanwhile, and reads are short, keeps them from it too. One try waits at a place in the log that
+// later readers keep taken, so it takes several, and up to three reads. If all is in vain, the log
+// may double before the next.
 func (s *sqliteEngine) restartWAL(c *conn) {
-	// A change writes whole pages, of the table and of the log; twice as much where it splits or joins pages.
+	// A change writes whole pages, of the table and of the log; and twice as much where it splits or joins
+	// pages, so that below this goes only half the way before it looks again.
 	s.room -= s.page*(3+2*c.changes) + 2*c.logged
 	if s.room > 0 || !s.wal {
 		return
