@@ -635,10 +635,11 @@ func (st *store[T, V]) Delete(kind, key string) (existed bool, prev T, err error
 		prev, _ = st.decode(old.Value)
 		// It is decoded before, since a codec that panics must leave the key, and outside, since a
 		// shared transaction runs no codec. If somebody has written in between, one does that is not.
-		for _, shared := range []bool{true, false} {
+		for shared, raced := true, true; raced && err == nil; shared = false {
 			err = st.write(shared, func(t transaction[V]) error {
 				now := t.get(kind, key, true)
-				if existed = now.Key != "" && (!shared || now.Revision == old.Revision); !existed {
+				existed = now.Key != ""
+				if raced = existed && shared && now.Revision != old.Revision; raced || !existed {
 					return nil
 				}
 				if !shared {
@@ -647,11 +648,8 @@ func (st *store[T, V]) Delete(kind, key string) (existed bool, prev T, err error
 				t.remove(now)
 				return nil
 			})
-			if err != nil || existed {
-				return err
-			}
 		}
-		return nil
+		return err
 	})
 	if err != nil || !existed {
 		return false, *new(T), err
