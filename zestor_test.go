@@ -3811,6 +3811,8 @@ func TestFileDSN(t *testing.T) {
 		{"escape", "file:DIR/%zz.db", []string{"DIR/%zz.db"}},
 		{"missing directory", "DIR/none/a.db", []string{"DIR/none/a.db"}},
 		{"missing directory, long path", "DIR/" + deep + "a.db", []string{"DIR/" + deep + "a.db"}},
+		{"a NUL byte", "DIR/a\x00b.db", []string{"NUL"}}, // SQLite would make DIR/a
+		{"a NUL byte, escaped", "file:DIR/a%00b.db", []string{"DIR/a%00b.db", "NUL"}},
 		{"a directory", "DIR", []string{"DIR"}},
 		{"no directory", "DIR/a.db/", []string{"DIR/a.db/"}},
 		{"no directory, dot", "DIR/a.db/.", []string{"DIR/a.db/."}},
