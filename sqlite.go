@@ -752,9 +752,10 @@ func (s *sqliteEngine) trim(c *conn) {
 
 // restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
 // does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
-// so this keeps the store from writing until the last of them has gone. One try waits at a place in
-// the log that later readers keep taken, so it takes several, and up to three reads. If all is in
-// vain, the log may double before the next.
+// so this keeps the store from writing until the last of them has gone; and if other stores write
+// meanwhile, and reads are short, keeps them from it too. One try waits at a place in the log that
+// later readers keep taken, so it takes several, and up to three reads. If all is in vain, the log
+// may double before the next.
 func (s *sqliteEngine) restartWAL(c *conn) {
 	// A change writes whole pages, of the table and of the log; and twice as much where it splits or joins
 	// pages, so that below this goes only half the way before it looks again.
@@ -774,19 +775,24 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	}
 	if s.room = max((maxWAL-length*s.page)/2, maxWAL/16); length*s.page >= maxWAL {
 		s.room = length * s.page
-		start, patience := time.Now(), min(s.busyTimeout*2/3, 3300*time.Millisecond)
-		// Other stores can write only between the tries: at first hardly, so that short reads come to
-		// their end; then easily, lest somebody waits for a second.
-		c.exec(`PRAGMA busy_timeout = 100`)
-		for pause := lockPoll / 100; s.room >= maxWAL && c.err == nil && time.Since(start) < patience; {
+		start, hold, pause := time.Now(), time.Duration(0), lockPoll/2
+		end := start.Add(min(s.busyTimeout*2/3, 3300*time.Millisecond))
+		for s.room >= maxWAL && c.err == nil && time.Now().Before(end) {
 			for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
-				if frames := as[int64](log[1]); log[0] == int64(0) || 0 <= frames && frames < length {
-					s.room = maxWAL / 2 // here or elsewhere it is done
+				frames, copied := as[int64](log[1]), as[int64](log[2]) // -1 while another restarts it
+				switch passed := time.Since(start); {
+				case log[0] == int64(0) || 0 <= frames && frames < length: // here or elsewhere it is done
+					s.room = maxWAL / 2
+				case hold > 0 && passed > hold: // in vain
+					c.exec(`PRAGMA busy_timeout = 10`)
+					start, hold, pause = time.Now(), 0, lockPoll/2
+				case hold == 0 && copied > length: // the readers of that time are gone, but others have written
+					if passed < 300*time.Millisecond { // else it would be in vain, or they would wait for a second
+						c.exec(`PRAGMA busy_timeout = 100`) // they can only between the tries
+						hold, pause = 2*passed, lockPoll/100
+					}
+					length, start = frames, time.Now()
 				}
-			}
-			if pause < lockPoll && time.Since(start) > min(patience/2, 600*time.Millisecond) {
-				c.exec(`PRAGMA busy_timeout = 10`)
-				pause = lockPoll
 			}
 			time.Sleep(pause)
 		}
