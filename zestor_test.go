@@ -4168,6 +4168,7 @@ func TestFileRefused(t *testing.T) {
 	}{
 		{"garbage", "", data(string(garbage))},
 		{"text", "", data("users: alice\n")},
+		{"one byte", "", data("x")}, // which has size 0 to SQLite
 		{"a header alone", "", data("SQLite format 3\x00")},
 		{"a header and garbage", "", data("SQLite format 3\x00" + string(garbage))},
 		{"cut in the header", "", cut(60)},
