@@ -5884,12 +5884,14 @@ func TestFileReadersTogether(t *testing.T) {
 }
 
 // SetIf returns the revision of its own change, whatever triggers of the
-// file's owner change besides.
+// file's owner change besides; and those changes are events too.
 func TestFileSetIfAmongTriggers(t *testing.T) {
 	audit := `CREATE TRIGGER audit AFTER INSERT ON zestor_kv WHEN NEW.kind = 'k' BEGIN
 		INSERT INTO zestor_kv (kind, key, value) VALUES ('audit', NEW.key, NEW.value); END;
 		CREATE TRIGGER audit2 AFTER UPDATE OF value ON zestor_kv WHEN NEW.kind = 'k' BEGIN
-		UPDATE zestor_kv SET value = NEW.value WHERE kind = 'audit' AND key = NEW.key; END`
+		UPDATE zestor_kv SET value = NEW.value WHERE kind = 'audit' AND key = NEW.key; END;
+		CREATE TRIGGER audit3 AFTER DELETE ON zestor_kv WHEN OLD.kind = 'k' BEGIN
+		DELETE FROM zestor_kv WHERE kind = 'audit' AND key = OLD.key; END`
 	for _, upgraded := range []bool{false, true} { // the triggers come after the store's, or before
 		path := filepath.Join(t.TempDir(), "a.db")
 		if upgraded {
@@ -5899,15 +5901,29 @@ func TestFileSetIfAmongTriggers(t *testing.T) {
 		if !upgraded {
 			fileStatements(t, path, audit)
 		}
+		events := watchOn(t, s, "audit")
 		var revision int64
-		for i := range 4 {
-			var err error
-			revision, err = s.SetIf("k", "a", fmt.Sprint(i), revision)
+		for i := range 5 {
+			if i < 4 {
+				var err error
+				revision, err = s.SetIf("k", "a", fmt.Sprint(i), revision)
+				check(t, err)
+				e, _, err := s.GetEntry("k", "a")
+				check(t, err)
+				fileEqual(t, "revision", revision, e.Revision)
+			} else {
+				fileStatements(t, path, `UPDATE zestor_kv SET value = '"4"' WHERE kind = 'k'`)
+			}
+			ev, _ := watchNext(t, events)
+			e, _, err := s.GetEntry("audit", "a")
 			check(t, err)
-			e, _, err := s.GetEntry("k", "a")
-			check(t, err)
-			fileEqual(t, "revision", revision, e.Revision)
+			fileEqual(t, "event", fmt.Sprintln(ev.Value, ev.Version, ev.Revision), fmt.Sprintln(i, i+1, e.Revision))
+			fileEqual(t, "audited", fmt.Sprintln(e.Value, e.Version), fmt.Sprintln(i, i+1))
 		}
+		_, _, err := s.Delete("k", "a")
+		check(t, err)
+		ev, _ := watchNext(t, events)
+		fileEqual(t, "event", ev.Type, zestor.EventDelete)
 	}
 }
 
