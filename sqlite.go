@@ -777,7 +777,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	}
 	if s.room = max((maxWAL-length*s.page)/2, maxWAL/16); length*s.page >= maxWAL {
 		s.room = length * s.page
-		start, hold, pause := time.Now(), time.Duration(0), lockPoll/2
+		start, hold := time.Now(), time.Duration(0)
 		end := start.Add(min(s.busyTimeout*2/3, 3300*time.Millisecond))
 		for s.room >= maxWAL && c.err == nil && time.Now().Before(end) {
 			for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
@@ -787,16 +787,16 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 					s.room = maxWAL / 2
 				case hold > 0 && passed > hold: // in vain
 					c.exec(`PRAGMA busy_timeout = 10`)
-					start, hold, pause = time.Now(), 0, lockPoll/2
+					start, hold = time.Now(), 0
 				case hold == 0 && copied > length: // the readers of that time are gone, but others have written
 					if passed < 300*time.Millisecond { // else it would be in vain, or they would wait for a second
 						c.exec(`PRAGMA busy_timeout = 100`) // they can only between the tries
-						hold, pause = 2*passed, lockPoll/100
+						hold = 2 * passed
 					}
 					length, start = frames, time.Now()
 				}
 			}
-			time.Sleep(pause)
+			time.Sleep(cmp.Or(min(hold, lockPoll/100), lockPoll/2))
 		}
 		c.err = nil
 		c.exec(`PRAGMA busy_timeout = 10`) // lockPoll, as before
