@@ -8412,7 +8412,7 @@ func BenchmarkMemWatchers(b *testing.B) {
 		ctx, cancel := context.WithCancel(context.Background())
 		b.Cleanup(cancel)
 		for range watchers {
-			ch, err := s.Watch(ctx, "users", zestor.WithBufferSize(1<<40))
+			ch, err := s.Watch(ctx, "users", zestor.WithBufferSize(1<<30))
 			check(b, err)
 			drain(b, received, ch)
 		}
