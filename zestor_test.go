@@ -2807,6 +2807,28 @@ func TestWatchAgainAfterOverflow(t *testing.T) {
 	})
 }
 
+// Behind a consumer that is stuck, a watch that has overflowed holds nothing more.
+func TestWatchOverflowedTakesNoMore(t *testing.T) {
+	s := open(t, "memory", zestor.StoreOptions[int]{})
+	events, err := s.Watch(t.Context(), "k", zestor.WithBufferSize(1))
+	check(t, err)
+	n := 0
+	sets := func(until int) {
+		for ; n < until; n++ {
+			fileOK(t)(s.Set("k", "a", n))
+		}
+	}
+	sets(1000)
+	before := benchHeap()
+	sets(200_000)
+	if grown := benchHeap() - before; grown > 8<<20 {
+		t.Errorf("%d bytes more after 199,000 changes that the watch does not take", grown)
+	}
+	if first, last := <-events, <-events; first.Revision != 1 || last.Revision != 1 || !errors.Is(last.Err, zestor.ErrWatchOverflow) {
+		t.Errorf("got %+v and %+v", first, last)
+	}
+}
+
 // Writers do not wait for a consumer that is stuck in its replay either when
 // SQLite would like to start its write-ahead log anew.
 func TestWatchStuckReplayHoldsNobodyUp(t *testing.T) {
