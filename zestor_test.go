@@ -5153,6 +5153,19 @@ func TestFileRemovedWithoutFsync(t *testing.T) {
 	})
 }
 
+// A durable store looks before each write, however soon it comes after the last.
+func TestFileRemovedAtOnce(t *testing.T) {
+	for range 20 {
+		path := filepath.Join(t.TempDir(), "a.db")
+		s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: path})
+		fileOK(t)(s.Set("k", "a", 1))
+		fileOK(t)(s.Set("k", "a", 2))
+		check(t, os.Remove(path))
+		_, err := s.Set("k", "a", 3)
+		check(t, fileBad(err, path, "set k/a"))
+	}
+}
+
 func TestFileRemoved(t *testing.T) {
 	for _, c := range []struct {
 		name    string
