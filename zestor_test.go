@@ -955,6 +955,16 @@ func TestOddErrors(t *testing.T) {
 	})
 }
 
+// The map of validators stays the caller's, who may change it.
+func TestOptionsAreCopied(t *testing.T) {
+	validators := make(map[string]zestor.ValidateFunc[int])
+	eachWith(t, zestor.StoreOptions[int]{ValidateFns: validators}, func(t *testing.T, s zestor.Store[int]) {
+		validators["k"] = func(int) error { return errors.New("not the store's") }
+		defer clear(validators)
+		rwEq(t, rwT(s.Set("k", "a", 1)), zestor.SetCreated, nil)
+	})
+}
+
 func TestNilFunctions(t *testing.T) {
 	none := func(t *testing.T, err error, text string) {
 		t.Helper()
