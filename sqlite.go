@@ -786,20 +786,16 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 				case log[0] == int64(0) || 0 <= frames && frames < length: // here or elsewhere it is done
 					s.room = maxWAL / 2
 				case hold > 0 && passed > hold: // in vain
-					c.exec(`PRAGMA busy_timeout = 10`)
 					start, hold = time.Now(), 0
 				case hold == 0 && copied > length: // the readers of that time are gone, but others have written
 					if passed < 300*time.Millisecond { // else it would be in vain, or they would wait for a second
-						c.exec(`PRAGMA busy_timeout = 100`) // they can only between the tries
 						hold = 2 * passed
 					}
 					length, start = frames, time.Now()
 				}
 			}
-			time.Sleep(cmp.Or(min(hold, lockPoll/100), lockPoll/2))
+			time.Sleep(cmp.Or(min(hold, lockPoll/1000), lockPoll/2)) // others can write only between the tries
 		}
-		c.err = nil
-		c.exec(`PRAGMA busy_timeout = 10`) // lockPoll, as before
 	}
 	c.err = nil // the commit has succeeded
 }
