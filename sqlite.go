@@ -754,10 +754,9 @@ func (s *sqliteEngine) trim(c *conn) {
 
 // restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
 // does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
-// so this keeps the store from writing until the last of them has gone; and if other stores write
-// meanwhile, and reads are short, keeps them from it too. One try waits at a place in the log that
-// later readers keep taken, so it takes several, and up to three reads. If all is in vain, the log
-// may double before the next.
+// so this keeps the store from writing until the last of them has gone. One try waits at a place in
+// the log that later readers keep taken, so it takes several, between which other stores write
+// little. If all is in vain, the log may double before the next.
 func (s *sqliteEngine) restartWAL(c *conn) {
 	// A change writes whole pages, of the table and of the log; and twice as much where it splits or joins
 	// pages, so that below this goes only half the way before it looks again.
@@ -777,24 +776,15 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	}
 	if s.room = max((maxWAL-length*s.page)/2, maxWAL/16); length*s.page >= maxWAL {
 		s.room = length * s.page
-		start, hold := time.Now(), time.Duration(0)
-		end := start.Add(min(s.busyTimeout*2/3, 3300*time.Millisecond))
+		end := time.Now().Add(min(s.busyTimeout*2/3, 3300*time.Millisecond))
 		for s.room >= maxWAL && c.err == nil && time.Now().Before(end) {
 			for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
-				frames, copied := as[int64](log[1]), as[int64](log[2]) // -1 while another restarts it
-				switch passed := time.Since(start); {
-				case log[0] == int64(0) || 0 <= frames && frames < length: // here or elsewhere it is done
-					s.room = maxWAL / 2
-				case hold > 0 && passed > hold: // in vain
-					start, hold = time.Now(), 0
-				case hold == 0 && copied > length: // the readers of that time are gone, but others have written
-					if passed < 300*time.Millisecond { // else it would be in vain, or they would wait for a second
-						hold = 2 * passed
-					}
-					length, start = frames, time.Now()
+				frames := as[int64](log[1]) // -1 while another restarts it
+				if log[0] == int64(0) || 0 <= frames && frames < length {
+					s.room = maxWAL / 2 // here or elsewhere it is done
 				}
 			}
-			time.Sleep(cmp.Or(min(hold, lockPoll/1000), lockPoll/2)) // others can write only between the tries
+			time.Sleep(lockPoll / 20) // others can write only between the tries
 		}
 	}
 	c.err = nil // the commit has succeeded
