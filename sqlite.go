@@ -784,7 +784,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 					s.room = maxWAL / 2 // here or elsewhere it is done
 				}
 			}
-			time.Sleep(lockPoll / 20) // others can write only between the tries
+			time.Sleep(lockPoll / 100) // others can write only between the tries
 		}
 	}
 	c.err = nil // the commit has succeeded
