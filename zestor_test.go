@@ -729,6 +729,7 @@ func TestWrites(t *testing.T) {
 	})
 	t.Run("a result has a name", func(t *testing.T) {
 		rwEq(t, rwT(zestor.SetUnchanged.String(), zestor.SetCreated.String(), fmt.Sprint(zestor.SetUpdated)), "unchanged", "created", "updated")
+		_ = zestor.SetResult(255).String() // is none, but must not panic
 	})
 }
 
