@@ -8885,18 +8885,25 @@ func TestMemoryOfMemStore(t *testing.T) {
 // The memory store allocates nothing for what programs do most: it builds no event
 // while nobody watches, and compares without reflection.
 func TestMemStoreAllocatesNothing(t *testing.T) {
-	s := open(t, "memory", zestor.StoreOptions[user]{})
-	n, values := 0, [2]user{benchUser(1, 0), benchUser(1, 1)}
-	s.Set("users", "a", values[0])
-	for name, f := range map[string]func(){
-		"Get":                   func() { s.Get("users", "a") },
-		"Set of an equal value": func() { s.Set("users", "a", values[n%2]) },
-		"Set of another value":  func() { n++; s.Set("users", "a", values[n%2]) },
-	} {
-		if allocs := testing.AllocsPerRun(1000, f); allocs != 0 {
-			t.Errorf("%s: %v allocations", name, allocs)
+	synctest.Test(t, func(t *testing.T) {
+		s := open(t, "memory", zestor.StoreOptions[user]{})
+		ctx, cancel := context.WithCancel(t.Context())
+		_, err := s.Watch(ctx, "users")
+		check(t, err)
+		n, values := 0, [2]user{benchUser(1, 0), benchUser(1, 1)}
+		s.Set("users", "a", values[0])
+		cancel()
+		synctest.Wait() // nobody watches any more
+		for name, f := range map[string]func(){
+			"Get":                   func() { s.Get("users", "a") },
+			"Set of an equal value": func() { s.Set("users", "a", values[n%2]) },
+			"Set of another value":  func() { n++; s.Set("users", "a", values[n%2]) },
+		} {
+			if allocs := testing.AllocsPerRun(1000, f); allocs != 0 {
+				t.Errorf("%s: %v allocations", name, allocs)
+			}
 		}
-	}
+	})
 }
 
 func TestScanInConstantMemory(t *testing.T) {
