@@ -185,8 +185,8 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	}
 	if file, err := os.Stat(s.path); err == nil && !file.Mode().IsRegular() {
 		return errors.New("not a regular file") // opening a FIFO might never return
-	} else if err == nil && file.Size() == 1 {
-		return errors.New("not a database") // to SQLite this size is an empty file
+	} else if err == nil && (file.Size() == 1 || file.Size() == 0 && s.mode == "ro") {
+		return errors.New("not a database") // to SQLite both are empty, and it removes a WAL beside an empty file
 	} else if dir, _ := filepath.Split(s.path); err != nil && dir != "" {
 		if _, err = os.Stat(dir); err != nil {
 			return err // SQLite would make dir/file of dir/file/ and of dir/none/../file
@@ -306,7 +306,7 @@ func (c *conn) upgrade() error {
 		}
 	}
 	if columns == "" {
-		columns = as[string](c.exec(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_info('zestor_kv')`))
+		columns = as[string](c.exec(`SELECT group_concat(name || ':' || pk, ' ') FROM pragma_table_xinfo('zestor_kv')`))
 	}
 	version := as[int64](c.exec(`PRAGMA user_version`))
 	script := ""

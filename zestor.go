@@ -172,7 +172,7 @@ type Watcher[T any] interface {
 	// broke off, start over with an empty state and [WithInitialReplay].
 	//
 	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what
-	// is then undelivered is dropped, but for up to 64 events that are in the channel already.
+	// is then undelivered is dropped, but for up to 65 events that are in the channel or on their way.
 	// Watch keeps ctx; if that has ended before, it returns ctx.Err(), not wrapped.
 	Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error)
 }

@@ -4139,6 +4139,12 @@ func TestFileReadOnly(t *testing.T) {
 		check(t, fileBad(err, "set k/new: "))
 		check(t, s.Close())
 		fileSame(t, dir, before)
+
+		check(t, os.Truncate(path, 0))
+		before = fileTree(t, dir)
+		_, err = fileOpen(fileURI(path, "mode=ro"))
+		check(t, fileBad(err, path))
+		fileSame(t, dir, before)
 	})
 }
 
@@ -4225,6 +4231,7 @@ func TestFileRefused(t *testing.T) {
 		{"newer and old", "newer", run(fileOld, `PRAGMA user_version = 1000`)},
 		{"other columns", "columns", run(`CREATE TABLE zestor_kv (kind TEXT, key TEXT, value BLOB, PRIMARY KEY (kind, key))`)},
 		{"a column more", "columns", run(fileOld, `ALTER TABLE zestor_kv ADD COLUMN x`)},
+		{"a generated column more", "columns", run(fileOld, `ALTER TABLE zestor_kv ADD COLUMN x AS (length(value))`)},
 		{"other key", "columns", run(strings.Replace(fileOld, "PRIMARY KEY(kind, key)", "PRIMARY KEY(key)", 1))},
 		{"a view", "", run(`CREATE TABLE t (x)`, `CREATE VIEW zestor_kv AS SELECT x AS kind FROM t`)},
 	} {
