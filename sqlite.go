@@ -288,7 +288,7 @@ func (s *sqliteEngine) parse(text string) (err error) {
 		s.uri = "file:///" + (&url.URL{Path: path}).EscapedPath()
 	}
 	// A connection has one user at a time: SQLite needs no mutex.
-	s.uri += fmt.Sprintf("?_mutex=no&_stmt_cache_size=32&_synchronous=%s&_busy_timeout=%d&immutable=%t&mode=",
+	s.uri += fmt.Sprintf("?_mutex=no&_stmt_cache_size=64&_synchronous=%s&_busy_timeout=%d&immutable=%t&mode=",
 		synchronous, lockPoll.Milliseconds(), immutable)
 	return err
 }
@@ -620,20 +620,16 @@ func (c *conn) putMany(entries []Entry[[]byte]) bool {
 	if c.engine.mode == "ro" {
 		return false
 	}
-	for n, revision := 0, c.revision(); len(entries) > 0 && c.err == nil; entries = entries[n:] {
-		if n = 32; len(entries) < n { // rows a statement, but few different statements
-			n = 1
-		}
-		args, size := []driver.Value{entries[0].Kind, now()}, 0
-		for i, e := range entries[:n] {
+	for some := range slices.Chunk(entries, 32) { // the connection keeps a statement for each number of rows
+		revision := c.revision()
+		args, size := []driver.Value{some[0].Kind, now()}, 0
+		for i, e := range some {
 			args = append(args, e.Key, e.Value, revision+1+int64(i))
 			size += len(e.Kind) + len(e.Key) + len(e.Value)
 		}
 		c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?1, ?3, ?, ?2, ?)`+
-			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+orUpdate+` WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
-		before := revision
-		revision = c.revision() // equal values took none, and a trigger has put the others right
-		c.wrote(revision-before, size)
+			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, len(some)-1)+orUpdate+` WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
+		c.wrote(c.revision()-revision, size) // equal values took none, and a trigger has put the others right
 	}
 	return true
 }
