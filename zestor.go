@@ -39,9 +39,10 @@
 // # Caveats
 //
 // There is one writer at a time. In a file in WAL mode a long Scan or View lets the write-ahead log
-// grow, and may hold up writers for 3 seconds or so; elsewhere they wait until a View returns. A watch
-// first reads its whole replay into memory. Whoever stops reading its channel should end its context.
-// In memory 0 equals -0, and NaN not itself; in SQLite that is up to their encodings.
+// grow, and may hold up writers for 3 seconds or so; elsewhere they wait until a View returns. Of all
+// that are under way at once, each takes a file descriptor, which SQLite keeps for the next until Close.
+// A watch first reads its whole replay into memory. Whoever stops reading its channel should end its
+// context. In memory 0 equals -0, and NaN not itself; in SQLite that is up to their encodings.
 package zestor
 
 import (
