@@ -1724,6 +1724,23 @@ func TestClose(t *testing.T) {
 			}
 		}
 	})
+	rwEach(t, "every watch has ended when Close returns", func(t *testing.T, s zestor.Store[string]) {
+		var watches []<-chan watchEvent
+		for range 1000 {
+			watches = append(watches, watchOn(t, s, "k"))
+		}
+		check(t, s.Close())
+		for _, ch := range watches {
+			select {
+			case ev, ok := <-ch:
+				if ok {
+					t.Fatalf("%v", ev)
+				}
+			default:
+				t.Fatal("a channel is open")
+			}
+		}
+	})
 	// Each call has two goroutines close the store, and goes on using it.
 	for name, call := range map[string]func(t *testing.T, s zestor.Store[string], closing, ending func()){
 		"Scan": func(t *testing.T, s zestor.Store[string], closing, ending func()) {
@@ -6505,7 +6522,7 @@ func TestWatchOfLargeValues(t *testing.T) {
 func TestFileLockedAfterView(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
 	a := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: 500 * time.Millisecond})
-	b := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	b := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true}) // else it would bring WAL
 	watchSet(t, a, "k", "a", "1")
 	var calls sync.WaitGroup
 	check(t, a.View(func(zestor.Reader[string]) error {
@@ -9078,14 +9095,16 @@ func TestWALOfOneWriter(t *testing.T) {
 		rows    int           // a transaction
 		size    int           // of a row
 		split   bool          // each second key is absent: it deletes and creates, on pages that were full
+		many    bool          // by SetMany
 		other   time.Duration // another store writes each time that this is over
 		last    time.Duration
 	}{
-		{"reads of a second", 4096, 25, 900 * time.Millisecond, 1, 20_000, false, time.Hour, 7 * time.Second},
-		{"another store", 4096, 4, 800 * time.Millisecond, 1, 20_000, false, 3 * time.Second, 10 * time.Second},
-		{"rows with overflow pages", 4096, 2, 50 * time.Millisecond, 10, 1010, false, time.Hour, 4 * time.Second},
-		{"pages that split", 4096, 3, 50 * time.Millisecond, 10, 930, true, time.Hour, 4 * time.Second},
-		{"large pages", 16384, 2, 50 * time.Millisecond, 1, 200, false, time.Hour, 4 * time.Second},
+		{"reads of a second", 4096, 25, 900 * time.Millisecond, 1, 20_000, false, false, time.Hour, 7 * time.Second},
+		{"another store", 4096, 4, 800 * time.Millisecond, 1, 20_000, false, false, 3 * time.Second, 10 * time.Second},
+		{"rows with overflow pages", 4096, 2, 50 * time.Millisecond, 10, 1010, false, false, time.Hour, 4 * time.Second},
+		{"pages that split", 4096, 3, 50 * time.Millisecond, 10, 930, true, false, time.Hour, 4 * time.Second},
+		{"large rows", 4096, 2, 50 * time.Millisecond, 40, 20_000, false, true, time.Hour, 4 * time.Second},
+		{"large pages", 16384, 2, 50 * time.Millisecond, 1, 200, false, false, time.Hour, 4 * time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -9131,10 +9150,13 @@ func TestWALOfOneWriter(t *testing.T) {
 			most, writes := int64(0), 0
 			for ctx.Err() == nil {
 				check(t, s.Update(func(tx zestor.ReadWriter[string]) (err error) {
+					batch := make(map[string]string)
 					for range c.rows {
 						writes++
-						existed := false
-						if c.split {
+						existed := c.many
+						if c.many {
+							batch[key(writes)] = fmt.Sprint(writes, strings.Repeat("x", c.size))
+						} else if c.split {
 							existed, _, err = tx.Delete("k", key(writes))
 						}
 						if err == nil && !existed {
@@ -9144,7 +9166,7 @@ func TestWALOfOneWriter(t *testing.T) {
 							return err
 						}
 					}
-					return nil
+					return tx.SetMany("k", batch)
 				}))
 				info, err := os.Stat(path + "-wal")
 				check(t, err)
