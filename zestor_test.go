@@ -6299,13 +6299,15 @@ func TestFileLockedIsNothingElse(t *testing.T) {
 	watchSet(t, s, "k", "a", "2")
 }
 
-// Delete ends, however often its key is set meanwhile.
+// Delete ends, however often its key is set meanwhile, and returns what it has deleted.
 func TestDeleteAmongSets(t *testing.T) {
 	codec := zestor.NewCodec(json.Marshal, func(data []byte, v any) error {
 		time.Sleep(2 * time.Millisecond) // is slower than a Set
 		return json.Unmarshal(data, v)
 	})
 	s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: ":memory:", Codec: codec})
+	deletes, err := s.Watch(t.Context(), "k", zestor.WithEventTypes(zestor.EventDelete))
+	check(t, err)
 	stop, sets := make(chan struct{}), sync.WaitGroup{}
 	sets.Go(func() {
 		for i := 0; ; i++ {
@@ -6319,12 +6321,15 @@ func TestDeleteAmongSets(t *testing.T) {
 	})
 	fileSoon(t, func() error {
 		for deleted := 0; deleted < 10; {
-			existed, _, err := s.Delete("k", "a")
+			existed, prev, err := s.Delete("k", "a")
 			if err != nil {
 				return err
 			}
 			if existed {
 				deleted++
+				if ev := <-deletes; ev.Value != prev {
+					return fmt.Errorf("deleted %d, returned %d", ev.Value, prev)
+				}
 			}
 		}
 		return nil
