@@ -186,7 +186,7 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if file, err := os.Stat(s.path); err == nil && !file.Mode().IsRegular() {
 		return errors.New("not a regular file") // opening a FIFO might never return
 	} else if err == nil && (file.Size() == 1 || file.Size() == 0 && s.mode == "ro") {
-		return errors.New("not a database") // to SQLite both are empty, and it removes a WAL beside an empty file
+		return fmt.Errorf("not a database: it has %d bytes", file.Size()) // to SQLite both are empty, and it removes a WAL beside
 	} else if dir, _ := filepath.Split(s.path); err != nil && dir != "" {
 		if _, err = os.Stat(dir); err != nil {
 			return err // SQLite would make dir/file of dir/file/ and of dir/none/../file

@@ -572,8 +572,17 @@ func TestScan(t *testing.T) {
 				}
 			}
 		}
+		var nest func(depth int)
+		nest = func(depth int) {
+			for range s.Scan("k", zestor.Range{Limit: 1}) {
+				if depth > 1 {
+					nest(depth - 1)
+				}
+			}
+		}
 		open := 0
 		for round := range 15 {
+			nest(20)
 			for _, how := range []string{"return", "boom", "goexit", "iter.Pull"} {
 				end := rwEnd(func() {
 					for range s.Scan("k", zestor.Range{Limit: 2}) { // leaves two at once
@@ -6456,6 +6465,22 @@ func TestWatchEndsAtOnce(t *testing.T) {
 	if n > 101 {
 		t.Errorf("%d events came, though ctx ended with the 100th", n)
 	}
+	for range 300 {
+		ctx, cancel := context.WithCancel(t.Context())
+		events, err := s.Watch(ctx, "k", zestor.WithInitialReplay())
+		check(t, err)
+		for range rand.IntN(100) {
+			<-events
+		}
+		cancel()
+		n := 0
+		for range events {
+			n++
+		}
+		if n > 65 {
+			t.Fatalf("%d events came after ctx had ended", n)
+		}
+	}
 }
 
 // Without WAL somebody's lock keeps everybody from reading. A watch waits for
@@ -9158,14 +9183,16 @@ func TestWALOfOneWriter(t *testing.T) {
 					batch := make(map[string]string)
 					for range c.rows {
 						writes++
-						existed := c.many
-						if c.many {
-							batch[key(writes)] = fmt.Sprint(writes, strings.Repeat("x", c.size))
-						} else if c.split {
+						existed, value := false, fmt.Sprint(writes, strings.Repeat("x", c.size))
+						if c.split {
 							existed, _, err = tx.Delete("k", key(writes))
 						}
-						if err == nil && !existed {
-							_, err = tx.Set("k", key(writes), fmt.Sprint(writes, strings.Repeat("x", c.size)))
+						switch {
+						case err != nil || existed:
+						case c.many:
+							batch[key(writes)] = value
+						default:
+							_, err = tx.Set("k", key(writes), value)
 						}
 						if err != nil {
 							return err
