@@ -355,7 +355,9 @@ type conn struct {
 func (s *sqliteEngine) connect() (*conn, error) {
 	c := &conn{engine: s, busyTimeout: s.busyTimeout}
 	return c, c.retry(func() (err error) {
-		c.Conn, err = new(sqlite3.SQLiteDriver).Open(s.uri + s.mode)
+		if c.Conn, err = new(sqlite3.SQLiteDriver).Open(s.uri + s.mode); err == nil {
+			c.exec(`PRAGMA temp_store = MEMORY`) // what a statement needs to be undone; there may be no directory for files
+		}
 		return err
 	})
 }
@@ -742,9 +744,11 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 func (s *sqliteEngine) trim(c *conn) {
 	size := c.exec(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
 	if as[int64](size) > s.historyBytes {
-		c.exec(`DELETE FROM zestor_log WHERE revision < (SELECT revision FROM zestor_log WHERE position >= `+logEnd+` - ?
-			OR revision >= min(`+newest+`, ? + (SELECT min(revision) FROM zestor_log)) ORDER BY revision LIMIT 1)`,
+		first := c.exec(`SELECT revision FROM zestor_log WHERE position >= `+logEnd+` - ?
+			OR revision >= min(`+newest+`, ? + (SELECT min(revision) FROM zestor_log)) ORDER BY revision LIMIT 1`,
 			s.historyBytes-s.historyBytes/16, 256+c.logged/32)
+		// By itself: with a function in its WHERE, SQLite would copy all that it deletes, to be able to undo it.
+		c.exec(`DELETE FROM zestor_log WHERE revision < ?`, first)
 	}
 }
 
