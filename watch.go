@@ -94,7 +94,7 @@ func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOpti
 		switch {
 		case w.initial && w.resume:
 			return errors.New("WithInitialReplay and WithSince exclude each other")
-		case w.resume && w.since < 0:
+		case w.since < 0:
 			return fmt.Errorf("negative revision %d", w.since)
 		case w.limit < 1:
 			return fmt.Errorf("buffer size %d is below 1", w.limit)
