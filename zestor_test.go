@@ -5489,6 +5489,45 @@ func TestFileDamaged(t *testing.T) {
 	fileEqual(t, "some are refused, and some are not", 0 < refused && refused < rounds, true)
 }
 
+// A page that is damaged in the middle of a kind, or of the log, is an error
+// and not its end.
+func TestFileDamagedHalfway(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	fileMake(t, path, 1000)
+	whole, err := os.ReadFile(path)
+	check(t, err)
+	for _, leaf := range []byte{10, 13} { // SQLite's types of a leaf of an index, as zestor_kv is, and of a table
+		data, pages := bytes.Clone(whole), 0
+		for at := 4096; at < len(data); at += 4096 {
+			if page := data[at:][:4096]; page[0] == leaf && bytes.Contains(page, []byte("0500")) {
+				clear(page)
+				pages++
+			}
+		}
+		fileEqual(t, "pages damaged", pages > 0, true)
+		check(t, os.WriteFile(path, data, 0o600))
+		s, err := fileOpen(path)
+		check(t, err)
+		entries, failed := 0, error(nil)
+		for _, failed = range s.Scan("k", zestor.Range{}) {
+			entries++
+		}
+		_, e1 := s.Keys("k")
+		_, e2 := s.Values("k")
+		_, e3 := s.List("k")
+		_, e4 := s.GetAll()
+		_, e5 := s.Watch(t.Context(), "k", zestor.WithInitialReplay())
+		_, e6 := s.Watch(t.Context(), "k", zestor.WithSince(0))
+		for i, err := range []error{failed, e1, e2, e3, e4, e5, e6} {
+			if wrong := leaf == 10 && i < 6 || leaf == 13 && i == 6; wrong != (err != nil && strings.Contains(err.Error(), "malformed")) || !wrong && err != nil {
+				t.Errorf("leaves of type %d, read %d: %v", leaf, i, err)
+			}
+		}
+		fileEqual(t, "some entries come before the error", leaf == 13 || 100 < entries && entries < 900, true)
+		check(t, s.Close())
+	}
+}
+
 // fileResources waits until no more goroutines and open files are left than
 // before, but for what an open store may pool.
 func fileResources(t testing.TB, pooled int) (settle func()) {
