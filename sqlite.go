@@ -586,8 +586,8 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	// SQLite believe that the log is short, and read all of it.
 	where, newest := `revision > ? ORDER BY revision`, c.revision()
 	switch {
-	case c.err != nil || newest == since:
-		return cmp.Or(c.err, c.engine.moved())
+	case newest == since:
+		return c.engine.moved()
 	case newest < since: // somebody has restored an older state
 		return ErrCompacted
 	case newest == since+1:
