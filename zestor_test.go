@@ -6343,12 +6343,14 @@ func TestFileUTF16(t *testing.T) {
 func TestFileOfOtherSchema(t *testing.T) {
 	for _, damage := range []string{`DROP TRIGGER zestor_insert`, `DROP TRIGGER zestor_update`, `DROP TRIGGER zestor_keep`,
 		`ALTER TABLE zestor_log ADD COLUMN note`, `ALTER TABLE zestor_kv ADD COLUMN note`} {
-		path := filepath.Join(t.TempDir(), "a.db")
-		check(t, openSQLite(t, zestor.SQLiteOptions[string]{DSN: path}).Close())
-		fileStatements(t, path, damage)
-		_, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[string]{DSN: path})
-		if err := fileBad(err, path, "not a Zestor file"); err != nil {
-			t.Errorf("%s: %v", damage, err)
+		for version := range 2 { // 0 in a file that was dumped and read again
+			path := filepath.Join(t.TempDir(), "a.db")
+			check(t, openSQLite(t, zestor.SQLiteOptions[string]{DSN: path}).Close())
+			fileStatements(t, path, damage, fmt.Sprint("PRAGMA user_version = ", version))
+			_, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[string]{DSN: path})
+			if err := fileBad(err, path, "not a Zestor file"); err != nil {
+				t.Errorf("version %d: %s: %v", version, damage, err)
+			}
 		}
 	}
 }
