@@ -6515,6 +6515,20 @@ func TestFileHoldsNoValue(t *testing.T) {
 	}))
 }
 
+// A connection is closed after a long argument, of which the driver would keep a copy.
+func TestFileHoldsNoCopy(t *testing.T) {
+	before := rwFiles(t)
+	codec := zestor.NewCodec(func(v any) ([]byte, error) { return []byte(v.(string)), nil }, nil)
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: filepath.Join(t.TempDir(), "a.db"), Codec: codec})
+	for _, size := range []int{17 << 20, 17} {
+		long := strings.Repeat("x", size)
+		check(t, rwErr(s.Set("k", "a", long+"1")))
+		fileEqual(t, "files are open after Set", rwFiles(t) > before, size == 17)
+		check(t, s.SetMany("k", map[string]string{"a": long + "2", "b": ""})) // neither the last argument
+		fileEqual(t, "files are open after SetMany", rwFiles(t) > before, size == 17)
+	}
+}
+
 // What is undelivered when ctx ends is dropped, also under a consumer that keeps pace.
 func TestWatchEndsAtOnce(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
