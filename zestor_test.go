@@ -6299,14 +6299,18 @@ func TestFileDotDot(t *testing.T) {
 	}
 }
 
-// versions that no store writes.
+// versions that no store writes, in an old file or typed later.
 func TestFileOddVersions(t *testing.T) {
-	for _, version := range []string{"0", "-1", "'x'", "1.5", "'3'", "5"} {
+	for i, version := range []string{"0", "-1", "'x'", "1.5", "'3'", "5", "0", "-1", "'x'", "1.5", "'3'", "5"} {
 		path := filepath.Join(t.TempDir(), "a.db")
 		fileStatements(t, path, fileOldTable+`INSERT INTO zestor_kv (kind, key, value, version) VALUES ('k', 'a', CAST('"1"' AS BLOB), `+version+`)`)
 		s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+		if i >= 6 {
+			fileStatements(t, path, `UPDATE zestor_kv SET version = `+version)
+		}
 		events := watchOn(t, s, "k")
 		before, _, _ := s.GetEntry("k", "a")
+		fileEqual(t, "version is at least 1", before.Version >= 1, true)
 		for i := range int64(2) {
 			watchSet(t, s, "k", "a", fmt.Sprint("new", i))
 			e, _, err := s.GetEntry("k", "a")
