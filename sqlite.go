@@ -83,12 +83,14 @@ const (
 	END;
 	PRAGMA user_version = 1`
 
+	// With OR ROLLBACK, and without functions, SQLite needs not note, in memory, how to undo the UPDATE.
 	// After an ANALYZE of a short table SQLite has to be told which index to use. The last row marks
 	// where the history begins. It is no change, so it can't be replayed.
 	upgradeTable = `
 	ALTER TABLE zestor_kv ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
-	UPDATE zestor_kv INDEXED BY sqlite_autoindex_zestor_kv_1
-		SET revision = number, version = max(1, min(CAST(version AS INTEGER), 1 << 62)) FROM
+	UPDATE OR ROLLBACK zestor_kv INDEXED BY sqlite_autoindex_zestor_kv_1
+		SET revision = number, version = CASE WHEN CAST(version AS INTEGER) < 1 THEN 1
+			WHEN CAST(version AS INTEGER) > 1 << 62 THEN 1 << 62 ELSE CAST(version AS INTEGER) END FROM
 		(SELECT kind AS k, key AS y, row_number() OVER (ORDER BY kind, key) AS number FROM zestor_kv)
 		WHERE kind = k AND key = y;
 	DROP INDEX IF EXISTS idx_kv_kind;` + createLog + `;
