@@ -584,25 +584,31 @@ func (c *conn) revision() int64 { return as[int64](c.exec(`SELECT max(revision) 
 func (c *conn) failure() error { return c.err }
 
 func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
-	// A look that finds nothing, or one change, must stay cheap even after an ANALYZE, which can make
-	// SQLite believe that the log is short, and read all of it.
+	// A look that finds few changes must stay cheap even after an ANALYZE of a short log, for which
+	// SQLite reads all of the log to find a range.
 	where, newest := `revision > ? ORDER BY revision`, c.revision()
 	switch {
 	case newest == since:
 		return c.engine.moved()
 	case newest < since: // somebody has restored an older state
 		return ErrCompacted
-	case newest == since+1:
+	case newest-since <= 64:
 		where = `revision = ? + 1`
 	}
-	for v := range c.rows(`SELECT value, version, revision, type, kind, key FROM zestor_log WHERE `+where, since) {
-		e := entryOf(as[string](v[4]), as[string](v[5]), v)
-		ev := e.event(EventType(as[string](v[3])))
-		if since++; ev.Revision != since || ev.Type == "upgrade" {
-			return ErrCompacted
+	for since < newest {
+		before := since
+		for v := range c.rows(`SELECT value, version, revision, type, kind, key FROM zestor_log WHERE `+where, since) {
+			e := entryOf(as[string](v[4]), as[string](v[5]), v)
+			ev := e.event(EventType(as[string](v[3])))
+			if since++; ev.Revision != since || ev.Type == "upgrade" {
+				return ErrCompacted
+			}
+			if !each(ev) {
+				return nil
+			}
 		}
-		if !each(ev) {
-			break
+		if since == before { // gone, or an error
+			return cmp.Or(c.err, ErrCompacted)
 		}
 	}
 	return c.err
