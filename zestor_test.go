@@ -4405,6 +4405,17 @@ var _ = child("file upgrades", func(args []string) {
 	fmt.Println("done")
 })
 
+var _ = child("file upgrades in 16 MiB", func(args []string) {
+	db, err := sql.Open("sqlite3", ":memory:")
+	must(err)
+	_, err = db.Exec(`PRAGMA hard_heap_limit = 16777216`) // of all connections of the process
+	must(err)
+	s, err := fileOpen(args[0])
+	must(err)
+	must(s.Close())
+	fmt.Println("done")
+})
+
 func TestFileUpgrade(t *testing.T) {
 	for _, mode := range []string{"WAL", "DELETE"} {
 		t.Run(mode, func(t *testing.T) {
@@ -4488,6 +4499,16 @@ func TestFileUpgrade(t *testing.T) {
 				t.Fatalf("without space: %s", err)
 			}
 			p.line(t)
+			check(t, fileUpgraded(path, 3000))
+		})
+		t.Run("large "+mode, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "a.db")
+			fileOldest(t, path, mode, 3000)
+			check(t, fileSQL(path, `UPDATE zestor_kv SET value = value || printf('%20000c', ' ')`))
+			p := fileStart(t, "file upgrades in 16 MiB", path)
+			if last := p.line(t); last != "done" {
+				t.Fatal(last)
+			}
 			check(t, fileUpgraded(path, 3000))
 		})
 		t.Run("analyzed when it was short "+mode, func(t *testing.T) {
