@@ -101,7 +101,7 @@ const (
 	maxCopy      = 16 << 20              // the driver keeps a copy of its arguments; a connection that was given a longer one is closed
 	readers      = 4                     // connections for short reads; more starve the writer on a small machine
 	pollInterval = 14 * time.Millisecond // at which a watched store looks for the commits of other processes
-	groupBytes   = 1 << 20               // ends a shared transaction
+	groupBytes   = 1 << 20               // ends a shared transaction, and a statement of many rows
 	maxWAL       = 12 << 20              // see restartWAL
 
 	// SQLite backs off to 100 ms between tries for a lock, and so may never find a busy file free.
@@ -630,16 +630,18 @@ func (c *conn) putMany(entries []Entry[[]byte]) bool {
 	if c.engine.mode == "ro" {
 		return false
 	}
-	for some := range slices.Chunk(entries, 32) { // the connection keeps a statement for each number of rows
+	for len(entries) > 0 {
 		revision := c.revision()
-		args, size := []driver.Value{some[0].Kind, now()}, 0
-		for i, e := range some {
-			args = append(args, e.Key, e.Value, revision+1+int64(i))
+		args, size, n := []driver.Value{entries[0].Kind, now()}, 0, 0
+		for ; n < min(32, len(entries)) && size < groupBytes; n++ { // the connection keeps a statement for each number of rows
+			e := entries[n]
+			args = append(args, e.Key, e.Value, revision+1+int64(n))
 			size += len(e.Kind) + len(e.Key) + len(e.Value)
 		}
 		c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?1, ?3, ?, ?2, ?)`+
-			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, len(some)-1)+orUpdate+` WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
+			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+orUpdate+` WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
 		c.wrote(c.revision()-revision, size) // equal values took none, and a trigger has put the others right
+		entries = entries[n:]
 	}
 	return true
 }

@@ -4405,13 +4405,22 @@ var _ = child("file upgrades", func(args []string) {
 	fmt.Println("done")
 })
 
-var _ = child("file upgrades in 16 MiB", func(args []string) {
+var _ = child("file in 16 MiB", func(args []string) {
 	db, err := sql.Open("sqlite3", ":memory:")
 	must(err)
 	_, err = db.Exec(`PRAGMA hard_heap_limit = 16777216`) // of all connections of the process
 	must(err)
 	s, err := fileOpen(args[0])
 	must(err)
+	fmt.Println("opened")
+	fmt.Scanln()
+	for _, text := range []string{"a", "b"} {
+		users := make(map[string]user)
+		for i := range 32 {
+			users[fmt.Sprint(i)] = user{Name: strings.Repeat(text, 1<<20)}
+		}
+		must(s.SetMany("k", users))
+	}
 	must(s.Close())
 	fmt.Println("done")
 })
@@ -4505,10 +4514,9 @@ func TestFileUpgrade(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "a.db")
 			fileOldest(t, path, mode, 3000)
 			check(t, fileSQL(path, `UPDATE zestor_kv SET value = value || printf('%20000c', ' ')`))
-			p := fileStart(t, "file upgrades in 16 MiB", path)
-			if last := p.line(t); last != "done" {
-				t.Fatal(last)
-			}
+			p := fileStart(t, "file in 16 MiB", path)
+			fileEqual(t, "child", p.line(t), "opened")
+			fileKill(p)
 			check(t, fileUpgraded(path, 3000))
 		})
 		t.Run("analyzed when it was short "+mode, func(t *testing.T) {
@@ -6559,6 +6567,27 @@ func TestFileHoldsNoCopy(t *testing.T) {
 		check(t, s.SetMany("k", map[string]string{"a": long + "2", "b": ""})) // neither the last argument
 		fileEqual(t, "files are open after SetMany", rwFiles(t) > before, size == 17)
 	}
+}
+
+// SetMany takes the memory of few values at once, however long they are.
+func TestFileSetManyInLittleMemory(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	p := fileStart(t, "file in 16 MiB", path)
+	fileEqual(t, "child", p.line(t), "opened")
+	fmt.Fprintln(p.in)
+	fileEqual(t, "child", p.line(t), "done")
+	s, err := fileOpen(path)
+	check(t, err)
+	defer s.Close()
+	for e, err := range s.Scan("k", zestor.Range{}) {
+		check(t, err)
+		if e.Version != 2 || e.Value.Name != strings.Repeat("b", 1<<20) {
+			t.Fatalf("%s has version %d and a value of %d bytes", e.Key, e.Version, len(e.Value.Name))
+		}
+	}
+	n, err := s.Count("k")
+	check(t, err)
+	fileEqual(t, "count", n, 32)
 }
 
 // What is undelivered when ctx ends is dropped, also under a consumer that keeps pace.
