@@ -504,7 +504,7 @@ func (st *store[T, V]) Scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 			}
 			var rows []Entry[V]
 			err := st.read(false, func(s snapshot[V]) { rows = collect(s, kind, r, true) })
-			for i := 0; err == nil && i < len(rows) && each(rows[i]); i++ {
+			for i := 0; i < len(rows) && each(rows[i]); i++ {
 			}
 			return err
 		})
@@ -630,7 +630,7 @@ func (st *store[T, V]) Delete(kind, key string) (existed bool, prev T, err error
 	err = st.call(&place{"delete", kind, key}, func() error {
 		var old Entry[V]
 		err := st.read(false, func(s snapshot[V]) { old = s.get(kind, key, true) })
-		if err != nil || old.Key == "" {
+		if old.Key == "" {
 			return err
 		}
 		prev, _ = st.decode(old.Value)
