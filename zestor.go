@@ -401,7 +401,7 @@ func (st *store[T, V]) call(at *place, fn func() error) error {
 	if err == nil {
 		err = fn()
 	}
-	if err == nil && st.done.Load() { // a Scan, with iter.Pull, may outlive its View
+	if st.done.Load() { // a Scan, with iter.Pull, may outlive its View
 		err = ErrTxDone
 	}
 	return at.fail(err)
@@ -640,7 +640,7 @@ func (st *store[T, V]) Delete(kind, key string) (existed bool, prev T, err error
 			err = st.write(shared, func(t transaction[V]) error {
 				now := t.get(kind, key, true)
 				existed = now.Key != ""
-				if raced = existed && shared && now.Revision != old.Revision; raced || !existed {
+				if raced = shared && now.Revision != old.Revision; raced || !existed {
 					return nil
 				}
 				if !shared {

@@ -2852,6 +2852,30 @@ func TestWatchAgainAfterOverflow(t *testing.T) {
 	})
 }
 
+// EventSynced and EventError have no value, not even one that a codec makes of nothing.
+func TestWatchEndHasNoValue(t *testing.T) {
+	codec := zestor.NewCodec(json.Marshal, func(_ []byte, v any) error {
+		*v.(*string) = "decoded"
+		return nil
+	})
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: ":memory:", Codec: codec})
+	ch := watchOn(t, s, "k", zestor.WithSince(0), zestor.WithBufferSize(1))
+	watchWant(t, ch, "synced r0")
+	watchFill(t, s, "k", 10)
+	for {
+		ev, ok := watchNext(t, ch)
+		if !ok {
+			t.Fatal("no overflow")
+		}
+		if value := map[bool]string{true: "decoded"}[ev.Type == zestor.EventCreate]; ev.Value != value {
+			t.Fatalf("got %+v", ev)
+		}
+		if ev.Type == zestor.EventError {
+			break
+		}
+	}
+}
+
 // Behind a consumer that is stuck, a watch that has overflowed holds nothing more.
 func TestWatchOverflowedTakesNoMore(t *testing.T) {
 	s := open(t, "memory", zestor.StoreOptions[int]{})
