@@ -708,7 +708,7 @@ func (s *sqliteEngine) group() {
 		done = c.err == nil
 		return c.err
 	})
-	alone := err != nil && len(group) > 1 && (!done || errors.Is(err, errLocked))
+	alone := len(group) > 1 && (!done || errors.Is(err, errLocked))
 	for _, r := range group {
 		if r.err = cmp.Or(err, r.err); alone {
 			r.err = s.transact(r.arrived, r.fn)
