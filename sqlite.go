@@ -134,9 +134,9 @@ type SQLiteOptions[T any] struct {
 // Without DisableWAL a file that is not in WAL mode is switched to it if possible, which it is not
 // while others use the file. In the other modes readers and writers wait for each other.
 //
-// HistoryBytes counts kinds, keys, values, and 64 bytes a change; when it is full, a sixteenth is
-// freed. The newest change is always kept; with different limits on one file the smallest wins, step by
-// step as its store writes. The file does not shrink. BusyTimeout is not for this store's own calls.
+// HistoryBytes counts kinds, keys, values, and 64 bytes a change; when it is full, a sixteenth of it
+// is freed. The newest change is always kept; with different limits on one file the smallest wins, step
+// by step as its store writes. The file does not shrink. BusyTimeout is not for waiting for own calls.
 //
 // Several processes, and several stores of different types that keep to their own kinds, may have
 // one file open. The package must be built with cgo.
@@ -607,8 +607,8 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 				return nil
 			}
 		}
-		if since == before { // gone, or an error
-			return cmp.Or(c.err, ErrCompacted)
+		if since == before {
+			return ErrCompacted // but c.err, if that is why, comes first
 		}
 	}
 	return c.err
