@@ -3378,6 +3378,23 @@ func watchLog(t testing.TB, path string) (rows, size, oldest, newest int64) {
 	return rows, size, oldest, newest
 }
 
+// A full history is cut by a sixteenth, and by less than a change more.
+func TestHistoryIsCutByASixteenth(t *testing.T) {
+	const limit, change = 16 << 10, 64 + 1 + 1 + 100
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{HistoryBytes: limit})
+	trimmed := false
+	for i := range 300 {
+		watchSet(t, s, "k", "a", fmt.Sprintf("%098d", i)) // 100 bytes of JSON
+		rows, size, oldest, _ := watchLog(t, path)
+		size += 64 * rows
+		trimmed = trimmed || oldest > 1
+		if size > limit || trimmed && size <= limit-limit/16-change {
+			t.Fatalf("after %d changes the log has %d bytes of %d", i+1, size, limit)
+		}
+	}
+	fileEqual(t, "trimmed", trimmed, true)
+}
+
 func TestWatchHistoryBytes(t *testing.T) {
 	const limit = 16 << 10
 	small := zestor.SQLiteOptions[string]{HistoryBytes: limit}
