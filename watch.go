@@ -131,7 +131,9 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		return true
 	}
 	err := c.engine.read(true, func(s snapshot[V]) error {
-		c.add(w, s)
+		if err := c.add(w, s); err != nil {
+			return err
+		}
 		if w.resume {
 			return s.history(w.since, replay)
 		}
@@ -214,23 +216,28 @@ type hub[T, V any] struct {
 	watches []*watch[T, V] // protected by mu
 	ended   bool           // protected by mu; the store closes
 	tailing bool           // protected by mu; whether the tail runs
+	at      int64          // protected by mu; the revision that it has come to
 	gone    sync.Cond      // on mu; signaled when a watch or the tail is gone, for Close
 }
 
 // add makes w receive all changes that are not in s, whose first read this is, and starts the tail.
-func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) {
+func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) error {
 	h := c.hub
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if w.from = s.revision(); h.ended {
 		w.cancel()
 	}
+	if h.tailing && w.from < h.at { // somebody has restored an older state, which the tail will find
+		return ErrCompacted
+	}
 	h.watches = append(h.watches, w)
 	h.watched.Store(true)
 	if h.wake != nil && !h.tailing {
-		h.tailing = true
+		h.tailing, h.at = true, w.from
 		go c.tail(w.from)
 	}
+	return nil
 }
 
 // remove forgets w. After the last watch the tail ends, which it is woken for.
@@ -266,7 +273,7 @@ func (h *hub[T, V]) publish(since int64, err error, changes ...*Event[V]) (next 
 			next = at
 		}
 	}
-	h.tailing = next >= 0 && h.wake != nil
+	h.tailing, h.at = next >= 0 && h.wake != nil, next
 	h.gone.Signal()
 	return next
 }

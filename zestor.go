@@ -174,7 +174,8 @@ type Watcher[T any] interface {
 	//
 	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what
 	// is then undelivered is dropped, but for up to 65 events that are in the channel or on their way.
-	// Watch keeps ctx; if that has ended before, it returns ctx.Err(), not wrapped.
+	// Watch keeps ctx; if that has ended before, it returns ctx.Err(), not wrapped. For a moment after
+	// an older state was restored into a watched file, it returns [ErrCompacted]: try again.
 	Watch(ctx context.Context, kind string, opts ...WatchOption) (<-chan Event[T], error)
 }
 

@@ -3347,6 +3347,38 @@ func TestWatchRestored(t *testing.T) {
 	watchWant(t, ch, watchFill(t, s, "k", 3)...)
 }
 
+// A watch that begins between a restore and the tail's next look, which is still beyond the file's
+// newest revision, is refused, or it would miss what comes until there.
+func TestWatchRestoredJustNow(t *testing.T) {
+	watchHasShell(t)
+	for _, opts := range [][]zestor.WatchOption{nil, {zestor.WithInitialReplay()}, {zestor.WithSince(3)}} {
+		synctest.Test(t, func(t *testing.T) { // whose clock stands still while this runs
+			s, path := watchFile(t, zestor.SQLiteOptions[string]{})
+			other := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+			backup := filepath.Join(t.TempDir(), "backup.db")
+			watchFill(t, other, "k", 3)
+			_, err := watchShell(t, path, ".backup "+backup)
+			check(t, err)
+			watchFill(t, other, "k", 10)
+			older := watchOn(t, s, "k")
+			synctest.Wait()
+			_, err = watchShell(t, path, ".restore "+backup)
+			check(t, err)
+			ch, err := s.Watch(t.Context(), "k", opts...)
+			if !errors.Is(err, zestor.ErrCompacted) || ch != nil {
+				t.Fatalf("Watch: %v", err)
+			}
+			time.Sleep(20 * time.Millisecond) // of the bubble: the tail looks
+			watchWant(t, older, "error r13 compacted", "closed")
+			ch = watchOn(t, s, "k", zestor.WithSince(3))
+			watchNext(t, ch) // EventSynced
+			watchWant(t, ch, watchFill(t, other, "k", 15)...)
+			check(t, s.Close()) // within the bubble
+			check(t, other.Close())
+		})
+	}
+}
+
 // A copy made with .dump goes on where the file was.
 func TestFileDumped(t *testing.T) {
 	watchHasShell(t)
