@@ -216,8 +216,7 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 		file, _ := filepath.EvalSymlinks(s.path)
 		if wal, err := os.Stat(file + "-wal"); err == nil && wal.Size() > 0 {
 			s.mode = "ro"
-			if last, err := s.connect(); err == nil {
-				last.exec("PRAGMA user_version")
+			if last, err := s.connect(); err == nil { // the driver has read the file for it
 				defer last.Close()
 			}
 		}
