@@ -216,7 +216,7 @@ type hub[T, V any] struct {
 	watches []*watch[T, V] // protected by mu
 	ended   bool           // protected by mu; the store closes
 	tailing bool           // protected by mu; whether the tail runs
-	at      int64          // protected by mu; the revision that it has come to
+	at      int64          // protected by mu; the revision that it has come to; -1 when it has ended
 	gone    sync.Cond      // on mu; signaled when a watch or the tail is gone, for Close
 }
 
@@ -228,7 +228,7 @@ func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) error {
 	if w.from = s.revision(); h.ended {
 		w.cancel()
 	}
-	if h.tailing && w.from < h.at { // somebody has restored an older state, which the tail will find
+	if w.from < h.at { // somebody has restored an older state, which the tail will find
 		return ErrCompacted
 	}
 	h.watches = append(h.watches, w)
