@@ -551,11 +551,9 @@ func (c *conn) scan(kind string, r Range, whole bool, each func(Entry[[]byte]) b
 	}
 	lo, hi := r.bounds()
 	args := []driver.Value{kind, lo, hi, int64(cmp.Or(r.Limit, -1))}
-	if hi == "" {
-		args[2] = []byte{} // SQLite sorts every blob behind every text
-	}
+	// Without an end it is a blob, which SQLite sorts behind every text.
 	sql := `SELECT NULL, key, ` + columns + ` FROM zestor_kv
-		WHERE kind = ? AND key >= ? AND key < ? ORDER BY ` + order + ` LIMIT ?`
+		WHERE kind = ? AND key >= ? AND key < ifnull(nullif(?, ''), x'') ORDER BY ` + order + ` LIMIT ?`
 	if kind == "" {
 		sql, args = `SELECT kind, key, `+columns+` FROM zestor_kv`, nil
 	}
