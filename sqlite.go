@@ -585,8 +585,6 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	// SQLite reads all of the log to find a range.
 	where, newest := `revision > ? ORDER BY revision`, c.revision()
 	switch {
-	case newest == since:
-		return c.engine.moved()
 	case newest < since: // somebody has restored an older state
 		return ErrCompacted
 	case newest-since <= 64:
@@ -608,7 +606,7 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 			return ErrCompacted // but c.err, if that is why, comes first
 		}
 	}
-	return c.err
+	return c.engine.moved()
 }
 
 // orUpdate makes an update of an insert whose key is there.
