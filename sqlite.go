@@ -779,18 +779,17 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 			length = as[int64](log[1])
 		}
 	}
-	if s.room = max((maxWAL-length*s.page)/2, maxWAL/16); length*s.page >= maxWAL {
+	s.room = max((maxWAL-length*s.page)/2, maxWAL/16)
+	end := time.Now().Add(min(s.busyTimeout*2/3, 3300*time.Millisecond))
+	for length*s.page >= maxWAL && c.err == nil && time.Now().Before(end) {
 		s.room = length * s.page
-		end := time.Now().Add(min(s.busyTimeout*2/3, 3300*time.Millisecond))
-		for s.room >= maxWAL && c.err == nil && time.Now().Before(end) {
-			for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
-				frames := as[int64](log[1]) // -1 while another restarts it
-				if log[0] == int64(0) || 0 <= frames && frames < length {
-					s.room = maxWAL / 2 // here or elsewhere it is done
-				}
+		for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
+			frames := as[int64](log[1]) // -1 while another restarts it
+			if log[0] == int64(0) || 0 <= frames && frames < length {
+				length, s.room = 0, maxWAL/2 // here or elsewhere it is done
 			}
-			time.Sleep(lockPoll / 100) // others can write only between the tries
 		}
+		time.Sleep(lockPoll / 100) // others can write only between the tries
 	}
 	c.err = nil // the commit has succeeded
 }
