@@ -365,11 +365,8 @@ func (s *sqliteEngine) connect() (*conn, error) {
 
 // moved fails if the path names another file than at first: nobody would find what is written.
 func (s *sqliteEngine) moved() error {
-	if s.path == "" {
-		return nil
-	}
 	file, err := os.Stat(s.path)
-	if os.SameFile(file, s.file) {
+	if s.path == "" || os.SameFile(file, s.file) {
 		return nil
 	}
 	return fmt.Errorf("the file was removed or replaced while it was open: %w", cmp.Or(err, errors.New(s.path)))
