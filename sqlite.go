@@ -149,7 +149,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", opts.DSN, err))
 	}
 	return newStore(&core[T, []byte]{engine: e, options: opts.StoreOptions, equal: bytes.Equal, encode: encoder[T](codec),
-		decode: decoder[T](codec), streams: e.wal, hub: &hub[T, []byte]{wake: e.wake}}), nil
+		decode: decoder[T](codec), streams: e.wal, hub: &hub[T, []byte]{wake: e.wake, at: -1}}), nil
 }
 
 // sqliteEngine is a SQLite file. Locks are taken in this order: turn or slots, gate, then mu.

@@ -215,8 +215,7 @@ type hub[T, V any] struct {
 	mu      sync.Mutex     // held while publishing, so that events stay in order
 	watches []*watch[T, V] // protected by mu
 	ended   bool           // protected by mu; the store closes
-	tailing bool           // protected by mu; whether the tail runs
-	at      int64          // protected by mu; the revision that it has come to; -1 when it has ended
+	at      int64          // protected by mu; the revision that the tail has come to; -1: it does not run
 	gone    sync.Cond      // on mu; signaled when a watch or the tail is gone, for Close
 }
 
@@ -233,8 +232,8 @@ func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) error {
 	}
 	h.watches = append(h.watches, w)
 	h.watched.Store(true)
-	if h.wake != nil && !h.tailing {
-		h.tailing, h.at = true, w.from
+	if h.wake != nil && h.at < 0 {
+		h.at = w.from
 		go c.tail(w.from)
 	}
 	return nil
@@ -273,7 +272,7 @@ func (h *hub[T, V]) publish(since int64, err error, changes ...*Event[V]) (next 
 			next = at
 		}
 	}
-	h.tailing, h.at = next >= 0 && h.wake != nil, next
+	h.at = next
 	h.gone.Signal()
 	return next
 }
@@ -292,7 +291,7 @@ func (h *hub[T, V]) end() {
 func (h *hub[T, V]) wait() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for h.gone.L = &h.mu; len(h.watches) > 0 || h.tailing; {
+	for h.gone.L = &h.mu; len(h.watches) > 0 || h.wake != nil && h.at >= 0; {
 		h.gone.Wait()
 	}
 }
