@@ -66,16 +66,15 @@ func encoder[T any](codec Codec) func(kind, key string, value T) ([]byte, error)
 // decoder returns what decodes into a fresh T.
 func decoder[T any](codec Codec) func([]byte) (T, error) {
 	t := reflect.TypeFor[T]()
-	return func(data []byte) (T, error) {
-		value := new(T)
-		target := any(value)
+	return func(data []byte) (value T, err error) {
+		target := any(&value)
 		if t.Kind() == reflect.Pointer {
 			fresh := reflect.New(t.Elem())
-			*value, target = fresh.Convert(t).Interface().(T), fresh.Interface() // T may be a named pointer type
+			value, target = fresh.Convert(t).Interface().(T), fresh.Interface() // T may be a named pointer type
 		}
-		if err := codec.Unmarshal(data, target); err != nil {
+		if err = codec.Unmarshal(data, target); err != nil {
 			return *new(T), err
 		}
-		return *value, nil
+		return value, nil
 	}
 }

@@ -280,12 +280,11 @@ func isPlain(t reflect.Type) bool {
 	case reflect.Array:
 		return isPlain(t.Elem())
 	case reflect.Struct:
+		plain := true
 		for i := range t.NumField() {
-			if !isPlain(t.Field(i).Type) {
-				return false
-			}
+			plain = plain && isPlain(t.Field(i).Type)
 		}
-		return true
+		return plain
 	}
 	return t.Kind() == reflect.String || t.Kind() >= reflect.Bool && t.Kind() <= reflect.Complex128
 }
