@@ -777,7 +777,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 		}
 	}
 	s.room = max((maxWAL-length*s.page)/2, maxWAL/16)
-	end := time.Now().Add(min(s.busyTimeout*2/3, 3300*time.Millisecond))
+	end := time.Now().Add(min(s.busyTimeout/3*2, 3300*time.Millisecond))
 	for length*s.page >= maxWAL && c.err == nil && time.Now().Before(end) {
 		s.room = length * s.page
 		for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {

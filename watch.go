@@ -258,17 +258,18 @@ func (h *hub[T, V]) publish(since int64, err error, changes ...*Event[V]) (next 
 	next = -1
 	for _, w := range h.watches {
 		for _, ev := range changes {
-			if w.from < ev.Revision && w.wants(ev) {
+			if !w.over && w.from < ev.Revision && w.wants(ev) {
 				w.offer(ev)
 			}
 		}
-		if err != nil && w.from <= since {
+		if err != nil && !w.over && w.from <= since {
 			end := &Event[V]{Type: EventError, Kind: w.kind, Revision: since, Err: err}
 			if err != ErrCompacted {
 				end.Err = place{"watch", w.kind}.fail(err)
 			}
 			w.offer(end)
-		} else if at := max(since, w.from); next < 0 || at < next {
+		}
+		if at := max(since, w.from); !w.over && (next < 0 || at < next) {
 			next = at
 		}
 	}
@@ -305,6 +306,7 @@ type watch[T, V any] struct {
 	cancel context.CancelFunc
 	ch     chan Event[T]
 	from   int64         // live changes come after this revision
+	over   bool          // protected by the hub's mu; it has got an EventError and takes no more
 	wake   chan struct{} // gets a token when there is something to do
 
 	mu      sync.Mutex
@@ -318,14 +320,10 @@ func (w *watch[T, V]) wants(ev *Event[V]) bool {
 	return w.kind == ev.Kind && strings.HasPrefix(ev.Key, w.prefix) && (w.types == nil || slices.Contains(w.types, ev.Type))
 }
 
-// offer queues a change, or in its place an overflow if the watch holds too many; or an EventError,
-// after which it takes no more.
+// offer queues an EventError or a change, or in its place an overflow if the watch holds too many.
 func (w *watch[T, V]) offer(ev *Event[V]) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if n := len(w.queue); n > 0 && w.queue[n-1].Type == EventError {
-		return
-	}
 	// Of what is undelivered, the live changes are last.
 	full := func() bool { return ev.Type != EventError && min(len(w.queue)+len(w.ch), w.live) >= w.limit }
 	if full() && w.blocked { // the consumer may have taken what deliver, which waits for nobody, has not counted yet
@@ -335,7 +333,7 @@ func (w *watch[T, V]) offer(ev *Event[V]) {
 	if full() {
 		ev = &Event[V]{Type: EventError, Kind: w.kind, Revision: ev.Revision - 1, Err: ErrWatchOverflow}
 	}
-	w.queue, w.live = append(w.queue, ev), w.live+1
+	w.queue, w.live, w.over = append(w.queue, ev), w.live+1, ev.Type == EventError
 	try(w.wake, struct{}{})
 }
 
