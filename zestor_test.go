@@ -3336,18 +3336,27 @@ func TestWatchPolls(t *testing.T) {
 	}
 }
 
+// watchBackup has the shell back a file up, and returns what restores it while it is open.
+func watchBackup(t testing.TB, path string) (restore func()) {
+	watchHasShell(t)
+	shell := func(command string) {
+		t.Helper()
+		_, err := watchShell(t, path, command)
+		check(t, err)
+	}
+	backup := filepath.Join(t.TempDir(), "backup.db")
+	shell(".backup " + backup)
+	return func() { shell(".restore " + backup) }
+}
+
 // What the shell's .restore puts in place of a watched file's data is another history.
 func TestWatchRestored(t *testing.T) {
-	watchHasShell(t)
 	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
-	backup := filepath.Join(t.TempDir(), "backup.db")
 	watchFill(t, s, "k", 3)
-	_, err := watchShell(t, path, ".backup "+backup)
-	check(t, err)
+	restore := watchBackup(t, path)
 	watchFill(t, s, "k", 3)
 	ch := watchOn(t, s, "k")
-	_, err = watchShell(t, path, ".restore "+backup)
-	check(t, err)
+	restore()
 	watchWant(t, ch, "error r6 compacted", "closed")
 	ch = watchOn(t, s, "k", zestor.WithSince(3))
 	watchNext(t, ch) // EventSynced
@@ -3362,16 +3371,13 @@ func TestWatchRestoredJustNow(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) { // whose clock stands still while this runs
 			s, path := watchFile(t, zestor.SQLiteOptions[string]{})
 			other := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
-			backup := filepath.Join(t.TempDir(), "backup.db")
 			watchFill(t, other, "k", 3)
-			_, err := watchShell(t, path, ".backup "+backup)
-			check(t, err)
+			restore := watchBackup(t, path)
 			watchFill(t, other, "k", 10)
 			older := watchOn(t, s, "k")
 			events := watchFill(t, other, "k", 100)
 			time.Sleep(20 * time.Millisecond) // of the bubble: the tail looks
-			_, err = watchShell(t, path, ".restore "+backup)
-			check(t, err)
+			restore()
 			ch, err := s.Watch(t.Context(), "k", opts...)
 			if !errors.Is(err, zestor.ErrCompacted) || ch != nil {
 				t.Fatalf("Watch: %v", err)
