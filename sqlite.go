@@ -794,9 +794,12 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 // tail publishes the changes after a revision until nobody waits for them. It looks after each commit
 // of this store, and every pollInterval for those of others.
 func (c *core[T, V]) tail(since int64) {
-	for since >= 0 {
+	for newest := since; since >= 0; {
 		var changes []*Event[V]
 		err := c.engine.read(false, func(s snapshot[V]) error {
+			if s.revision() < newest { // somebody has restored an older state
+				return ErrCompacted
+			}
 			return s.history(since, func(ev *Event[V]) bool {
 				changes, since = append(changes, ev), ev.Revision
 				return len(changes) < 256
@@ -805,7 +808,7 @@ func (c *core[T, V]) tail(since int64) {
 		if errors.Is(err, errLocked) { // which ends some time
 			err = nil
 		}
-		if since = c.hub.publish(since, err, changes...); since < 0 || len(changes) > 0 {
+		if since, newest = c.hub.publish(since, err, changes...); since < 0 || len(changes) > 0 {
 			continue
 		}
 		select {

@@ -251,8 +251,9 @@ func (h *hub[T, V]) remove(w *watch[T, V]) {
 }
 
 // publish hands changes to whom they concern. An error says why those after since can't be had: it
-// ends the watches that wait for them. The tail is to go on after next, or to end if that is -1.
-func (h *hub[T, V]) publish(since int64, err error, changes ...*Event[V]) (next int64) {
+// ends the watches that wait for them. The tail is to go on after next, or to end if that is -1; the
+// file has come to newest.
+func (h *hub[T, V]) publish(since int64, err error, changes ...*Event[V]) (next, newest int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	next = -1
@@ -269,13 +270,15 @@ func (h *hub[T, V]) publish(since int64, err error, changes ...*Event[V]) (next 
 			}
 			w.offer(end)
 		}
-		if at := max(since, w.from); !w.over && (next < 0 || at < next) {
-			next = at
+		if at := max(since, w.from); !w.over {
+			if newest = max(newest, at); next < 0 || at < next {
+				next = at
+			}
 		}
 	}
 	h.at = next
 	h.gone.Signal()
-	return next
+	return next, newest
 }
 
 // end ends every watch, also those that are yet to be added.

@@ -3399,6 +3399,29 @@ func TestWatchRestoredJustNow(t *testing.T) {
 	}
 }
 
+// A restore also ends a watch that began beyond what the tail has come to.
+func TestWatchRestoredBelowItsBeginning(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // whose clock stands still while this runs
+		s, path := watchFile(t, zestor.SQLiteOptions[string]{})
+		other := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+		watchFill(t, other, "k", 3)
+		older := watchOn(t, s, "k") // the tail is at 3
+		events := watchFill(t, other, "k", 10)
+		restore := watchBackup(t, path)
+		watchFill(t, other, "k", 100)
+		ch := watchOn(t, s, "k") // from 113
+		restore()                // to 13
+		synctest.Wait()
+		watchWant(t, ch, "error r113 compacted", "closed")
+		watchWant(t, older, append(events, "error r13 compacted", "closed")...)
+		ch = watchOn(t, s, "k", zestor.WithSince(13))
+		watchNext(t, ch) // EventSynced
+		watchWant(t, ch, watchFill(t, other, "k", 10)...)
+		check(t, s.Close()) // within the bubble
+		check(t, other.Close())
+	})
+}
+
 // A copy made with .dump goes on where the file was.
 func TestFileDumped(t *testing.T) {
 	watchHasShell(t)
