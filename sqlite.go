@@ -757,8 +757,9 @@ func (s *sqliteEngine) trim(c *conn) {
 // restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
 // does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
 // so this keeps the store from writing until the last of them has gone. One try waits at a place in
-// the log that later readers keep taken, so it takes several, between which other stores write
-// little. If all is in vain, the log may double before the next.
+// the log that later readers keep taken, so it takes several. Other stores write only between them:
+// little, until they have waited for most of a BusyTimeout. If all is in vain, the log may double
+// before the next.
 func (s *sqliteEngine) restartWAL(c *conn) {
 	// A change writes whole pages, of the table and of the log; and twice as much where it splits or joins
 	// pages, so that below this goes only half the way before it looks again.
@@ -777,8 +778,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 		}
 	}
 	s.room = max((maxWAL-length*s.page)/2, maxWAL/16)
-	end := time.Now().Add(min(s.busyTimeout/3*2, 3300*time.Millisecond))
-	for length*s.page >= maxWAL && c.err == nil && time.Now().Before(end) {
+	for start := time.Now(); length*s.page >= maxWAL && c.err == nil && time.Since(start) < 3300*time.Millisecond; {
 		s.room = length * s.page
 		for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
 			frames := as[int64](log[1]) // -1 while another restarts it
@@ -786,7 +786,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 				length, s.room = 0, maxWAL/2 // here or elsewhere it is done
 			}
 		}
-		time.Sleep(lockPoll / 100) // others can write only between the tries
+		time.Sleep(max(lockPoll/100, min(2*lockPoll, time.Since(start)-s.busyTimeout/3*2)))
 	}
 	c.err = nil // the commit has succeeded
 }

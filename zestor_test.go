@@ -9417,8 +9417,9 @@ func TestWALOfSeveralWriters(t *testing.T) {
 	}
 }
 
-// However the writes of one store are shaped, and however long its reads last up
-// to a second, the WAL stays small; also if another store writes now and then.
+// However the writes of one store are shaped, however long its reads last up to a
+// second, and however short its BusyTimeout is, the WAL stays small; also if
+// another store writes now and then, which never waits for longer than that.
 func TestWALOfOneWriter(t *testing.T) {
 	for _, c := range []struct {
 		name    string
@@ -9430,20 +9431,21 @@ func TestWALOfOneWriter(t *testing.T) {
 		split   bool          // each second key is absent: it deletes and creates, on pages that were full
 		many    bool          // by SetMany
 		other   time.Duration // another store writes each time that this is over
+		busy    time.Duration // the BusyTimeout of both
 		last    time.Duration
 	}{
-		{"reads of a second", 4096, 25, 900 * time.Millisecond, 1, 20_000, false, false, time.Hour, 7 * time.Second},
-		{"another store", 4096, 4, 800 * time.Millisecond, 1, 20_000, false, false, 3 * time.Second, 10 * time.Second},
-		{"rows with overflow pages", 4096, 2, 50 * time.Millisecond, 10, 1010, false, false, time.Hour, 4 * time.Second},
-		{"pages that split", 4096, 3, 50 * time.Millisecond, 10, 930, true, false, time.Hour, 4 * time.Second},
-		{"large rows", 4096, 2, 50 * time.Millisecond, 40, 20_000, false, true, time.Hour, 4 * time.Second},
-		{"large pages", 16384, 2, 50 * time.Millisecond, 1, 200, false, false, time.Hour, 4 * time.Second},
+		{"reads of a second", 4096, 25, 900 * time.Millisecond, 1, 20_000, false, false, time.Hour, time.Second, 7 * time.Second},
+		{"another store", 4096, 4, 800 * time.Millisecond, 1, 20_000, false, false, 3 * time.Second, time.Second, 10 * time.Second},
+		{"rows with overflow pages", 4096, 2, 50 * time.Millisecond, 10, 1010, false, false, time.Hour, math.MaxInt64, 4 * time.Second},
+		{"pages that split", 4096, 3, 50 * time.Millisecond, 10, 930, true, false, time.Hour, math.MaxInt64, 4 * time.Second},
+		{"large rows", 4096, 2, 50 * time.Millisecond, 40, 20_000, false, true, time.Hour, math.MaxInt64, 4 * time.Second},
+		{"large pages", 16384, 2, 50 * time.Millisecond, 1, 200, false, false, time.Hour, math.MaxInt64, 4 * time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			path := filepath.Join(t.TempDir(), "a.db")
 			fileStatements(t, path, fmt.Sprint("PRAGMA page_size = ", c.page), "PRAGMA journal_mode = WAL")
-			o := zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF", BusyTimeout: math.MaxInt64}
+			o := zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"}
 			s := openSQLite(t, o)
 			key := func(i int) string { return fmt.Sprint(i * 7919 % 20_000) } // rarely two on a page
 			values := make(map[string]string)
@@ -9454,6 +9456,7 @@ func TestWALOfOneWriter(t *testing.T) {
 			}
 			check(t, s.SetMany("k", values))
 			check(t, s.Close()) // which takes the WAL into the file
+			o.BusyTimeout = c.busy
 			s = openSQLite(t, o)
 			other := openSQLite(t, o)
 
@@ -9513,6 +9516,52 @@ func TestWALOfOneWriter(t *testing.T) {
 				t.Errorf("the WAL grew to %d bytes", most)
 			}
 		})
+	}
+}
+
+// While a store waits for the readers of a long WAL, which may be for longer than
+// its BusyTimeout, whoever else waits for no longer than that can write.
+func TestWALRestartLetsOthersWrite(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF", BusyTimeout: 100 * time.Millisecond})
+	fileOK(t)(s.Set("k", "a", ""))
+	other, err := sql.Open("sqlite3", "file:"+path+"?_busy_timeout=100&_synchronous=OFF")
+	check(t, err)
+	defer other.Close()
+	written, refused := 0, 0
+	rwView(t, s, func(tx zestor.Reader[string]) {
+		waited := make(chan struct{})
+		go func() {
+			defer close(waited)
+			for i, start := 0, time.Now(); time.Since(start) < time.Second; i++ {
+				start = time.Now()
+				_, err := s.Set("k", "a", fmt.Sprint(i, strings.Repeat("x", 20_000)))
+				if err != nil && !strings.Contains(err.Error(), "BusyTimeout") {
+					t.Error(err)
+				}
+			}
+		}()
+		for {
+			select {
+			case <-waited:
+				return
+			default:
+			}
+			info, err := os.Stat(path + "-wal")
+			check(t, err)
+			if info.Size() < 12<<20 {
+				continue
+			}
+			written++
+			if _, err := other.Exec(`UPDATE zestor_kv SET value = '"' || random() || '"'`); err != nil {
+				written--
+				refused++
+			}
+		}
+	})
+	t.Logf("%d writes, %d refused", written, refused)
+	if written == 0 || refused > 11 { // each has waited for 0.1 s, of some 3.3
+		t.Error("too few were let in")
 	}
 }
 
