@@ -65,7 +65,7 @@ func (s *memStore[T]) Set(kind, key string, value T) (SetResult, error) {
 	s.e.newest++
 	*r = memRow[T]{value, r.version + 1, s.e.newest, time.Now().UnixMilli()}
 	if s.e.hub.watched.Load() {
-		s.e.hub.publish(0, nil, r.entry(kind, key).event(EventUpdate))
+		s.e.hub.publish(0, 0, nil, r.entry(kind, key).event(EventUpdate))
 	}
 	return SetUpdated, nil
 }
@@ -138,7 +138,7 @@ func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 		return err
 	}
 	e.undo = nil
-	e.hub.publish(0, nil, e.changes...)
+	e.hub.publish(0, 0, nil, e.changes...)
 	return nil
 }
 

@@ -149,7 +149,7 @@ func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 		return nil, place{"open"}.fail(fmt.Errorf("%s: %w", opts.DSN, err))
 	}
 	return newStore(&core[T, []byte]{engine: e, options: opts.StoreOptions, equal: bytes.Equal, encode: encoder[T](codec),
-		decode: decoder[T](codec), streams: e.wal, hub: &hub[T, []byte]{wake: e.wake, at: -1}}), nil
+		decode: decoder[T](codec), streams: e.wal, hub: &hub[T, []byte]{wake: e.wake}}), nil
 }
 
 // sqliteEngine is a SQLite file. Locks are taken in this order: turn or slots, gate, then mu.
@@ -794,10 +794,12 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 // tail publishes the changes after a revision until nobody waits for them. It looks after each commit
 // of this store, and every pollInterval for those of others.
 func (c *core[T, V]) tail(since int64) {
-	for newest := since; since >= 0; {
+	for since >= 0 {
 		var changes []*Event[V]
+		newest, lost := c.hub.newest.Load(), int64(0)
 		err := c.engine.read(false, func(s snapshot[V]) error {
 			if s.revision() < newest { // somebody has restored an older state
+				lost = newest
 				return ErrCompacted
 			}
 			return s.history(since, func(ev *Event[V]) bool {
@@ -808,7 +810,7 @@ func (c *core[T, V]) tail(since int64) {
 		if errors.Is(err, errLocked) { // which ends some time
 			err = nil
 		}
-		if since, newest = c.hub.publish(since, err, changes...); since < 0 || len(changes) > 0 {
+		if since = c.hub.publish(since, lost, err, changes...); since < 0 || len(changes) > 0 {
 			continue
 		}
 		select {

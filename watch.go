@@ -215,7 +215,8 @@ type hub[T, V any] struct {
 	mu      sync.Mutex     // held while publishing, so that events stay in order
 	watches []*watch[T, V] // protected by mu
 	ended   bool           // protected by mu; the store closes
-	at      int64          // protected by mu; the revision that the tail has come to; -1: it does not run
+	tailing bool           // protected by mu; the tail runs
+	newest  atomic.Int64   // changed under mu; the revision that the file is known to have come to
 	gone    sync.Cond      // on mu; signaled when a watch or the tail is gone, for Close
 }
 
@@ -227,13 +228,14 @@ func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) error {
 	if w.from = s.revision(); h.ended {
 		w.cancel()
 	}
-	if w.from < h.at { // somebody has restored an older state, which the tail will find
+	if w.from < h.newest.Load() { // somebody has restored an older state, which the tail will find
 		return ErrCompacted
 	}
+	h.newest.Store(w.from)
 	h.watches = append(h.watches, w)
 	h.watched.Store(true)
-	if h.wake != nil && h.at < 0 {
-		h.at = w.from
+	if h.wake != nil && !h.tailing {
+		h.tailing = true
 		go c.tail(w.from)
 	}
 	return nil
@@ -251,34 +253,37 @@ func (h *hub[T, V]) remove(w *watch[T, V]) {
 }
 
 // publish hands changes to whom they concern. An error says why those after since can't be had: it
-// ends the watches that wait for them. The tail is to go on after next, or to end if that is -1; the
-// file has come to newest.
-func (h *hub[T, V]) publish(since int64, err error, changes ...*Event[V]) (next, newest int64) {
+// ends the watches that wait for them, and those that began up to lost. The tail is to go on after
+// next, or to end if that is -1.
+func (h *hub[T, V]) publish(since, lost int64, err error, changes ...*Event[V]) (next int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	next = -1
+	newest := int64(0)
 	for _, w := range h.watches {
 		for _, ev := range changes {
 			if !w.over && w.from < ev.Revision && w.wants(ev) {
 				w.offer(ev)
 			}
 		}
-		if err != nil && !w.over && w.from <= since {
-			end := &Event[V]{Type: EventError, Kind: w.kind, Revision: since, Err: err}
+		at := max(since, w.from)
+		if err != nil && !w.over && w.from <= max(since, lost) {
+			end := &Event[V]{Type: EventError, Kind: w.kind, Revision: at, Err: err}
 			if err != ErrCompacted {
 				end.Err = place{"watch", w.kind}.fail(err)
 			}
 			w.offer(end)
 		}
-		if at := max(since, w.from); !w.over {
+		if !w.over {
 			if newest = max(newest, at); next < 0 || at < next {
 				next = at
 			}
 		}
 	}
-	h.at = next
+	h.newest.Store(newest)
+	h.tailing = next >= 0
 	h.gone.Signal()
-	return next, newest
+	return next
 }
 
 // end ends every watch, also those that are yet to be added.
@@ -295,7 +300,7 @@ func (h *hub[T, V]) end() {
 func (h *hub[T, V]) wait() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for h.gone.L = &h.mu; len(h.watches) > 0 || h.wake != nil && h.at >= 0; {
+	for h.gone.L = &h.mu; len(h.watches) > 0 || h.wake != nil && h.tailing; {
 		h.gone.Wait()
 	}
 }

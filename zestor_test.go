@@ -3399,27 +3399,37 @@ func TestWatchRestoredJustNow(t *testing.T) {
 	}
 }
 
-// A restore also ends a watch that began beyond what the tail has come to.
+// A restore ends all watches at once, also one that began beyond what the tail has
+// come to, even if the file then grows past where they began.
 func TestWatchRestoredBelowItsBeginning(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) { // whose clock stands still while this runs
-		s, path := watchFile(t, zestor.SQLiteOptions[string]{})
-		other := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
-		watchFill(t, other, "k", 3)
-		older := watchOn(t, s, "k") // the tail is at 3
-		events := watchFill(t, other, "k", 10)
-		restore := watchBackup(t, path)
-		watchFill(t, other, "k", 100)
-		ch := watchOn(t, s, "k") // from 113
-		restore()                // to 13
-		synctest.Wait()
-		watchWant(t, ch, "error r113 compacted", "closed")
-		watchWant(t, older, append(events, "error r13 compacted", "closed")...)
-		ch = watchOn(t, s, "k", zestor.WithSince(13))
-		watchNext(t, ch) // EventSynced
-		watchWant(t, ch, watchFill(t, other, "k", 10)...)
-		check(t, s.Close()) // within the bubble
-		check(t, other.Close())
-	})
+	for _, between := range []int{0, 100} { // changes that the tail has not seen and the restore leaves
+		for _, again := range []bool{false, true} { // whether somebody tries to watch, which makes the tail look
+			synctest.Test(t, func(t *testing.T) { // whose clock stands still while this runs
+				s, path := watchFile(t, zestor.SQLiteOptions[string]{})
+				other := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+				older := watchOn(t, s, "k")
+				events := watchFill(t, other, "k", 100) // more than fit the channel
+				time.Sleep(20 * time.Millisecond)       // of the bubble: the tail looks, and is at 100
+				watchFill(t, other, "k", between)
+				restore := watchBackup(t, path)
+				watchFill(t, other, "k", 100)
+				ch := watchOn(t, s, "k")
+				restore()
+				if again {
+					if _, err := s.Watch(t.Context(), "k"); !errors.Is(err, zestor.ErrCompacted) {
+						t.Fatalf("Watch: %v", err)
+					}
+				}
+				time.Sleep(20 * time.Millisecond)
+				watchFill(t, other, "k", 200)
+				watchWant(t, ch, fmt.Sprintf("error r%d compacted", 200+between), "closed")
+				watchWant(t, older, append(events, "error r100 compacted", "closed")...)
+				watchWant(t, watchOn(t, s, "k"), watchFill(t, other, "k", 10)...)
+				check(t, s.Close()) // within the bubble
+				check(t, other.Close())
+			})
+		}
+	}
 }
 
 // A copy made with .dump goes on where the file was.
