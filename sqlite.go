@@ -742,13 +742,13 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 }
 
 // trim cuts the log to the newest changes that fit historyBytes; and a little more, so that most
-// writes find nothing to do; but never many more rows than the transaction has written.
+// writes find nothing to do; but never much more than the transaction has written.
 func (s *sqliteEngine) trim(c *conn) {
 	size := c.exec(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
 	if as[int64](size) > s.historyBytes {
-		first := c.exec(`SELECT revision FROM zestor_log WHERE position >= `+logEnd+` - ?
-			OR revision >= min(`+newest+`, ? + (SELECT min(revision) FROM zestor_log)) ORDER BY revision LIMIT 1`,
-			s.historyBytes-s.historyBytes/16, 256+c.logged/32)
+		first := c.exec(`SELECT revision FROM zestor_log WHERE revision = `+newest+` OR position >=
+			min(`+logEnd+` - ?, ? + (SELECT position FROM zestor_log ORDER BY revision LIMIT 1)) ORDER BY revision LIMIT 1`,
+			s.historyBytes-s.historyBytes/16, groupBytes/16+2*c.logged)
 		// By itself: with a function in its WHERE, SQLite would copy all that it deletes, to be able to undo it.
 		c.exec(`DELETE FROM zestor_log WHERE revision < ?`, first)
 	}

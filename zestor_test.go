@@ -3625,6 +3625,26 @@ func TestWatchHistoryIsCutInSteps(t *testing.T) {
 	}
 }
 
+// Nor does a small change trim many large ones.
+func TestWatchHistoryOfLargeValuesIsCutInSteps(t *testing.T) {
+	const size = 1 << 20
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{HistoryBytes: 1 << 30})
+	for i := range 20 {
+		watchSet(t, s, "k", "a", fmt.Sprint(i, strings.Repeat("x", size)))
+	}
+	check(t, s.Close())
+	s = openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, HistoryBytes: size / 2})
+	_, before, _, _ := watchLog(t, path)
+	for i := 0; before > size/2; i++ {
+		watchSet(t, s, "k", "b", fmt.Sprint(i))
+		_, now, _, _ := watchLog(t, path)
+		if now >= before || now < before-size-size/8 {
+			t.Fatalf("one small change took the log from %d to %d bytes", before, now)
+		}
+		before = now
+	}
+}
+
 // watchLatency is the median time from another process's return of Set to its
 // event, over n changes.
 func watchLatency(t testing.TB, n int) time.Duration {
