@@ -764,7 +764,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	// A change writes whole pages, of the table and of the log; and twice as much where it splits or joins
 	// pages, so that below this goes only half the way before it looks again.
 	s.room -= s.page*(3+2*c.changes) + 2*c.logged
-	if s.room > 0 || !s.wal {
+	if s.room > 0 {
 		return
 	}
 	if !s.durable { // else each write waits for fsync, which takes longer while the log grows

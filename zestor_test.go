@@ -9595,6 +9595,42 @@ func TestWALRestartLetsOthersWrite(t *testing.T) {
 	}
 }
 
+// Also a store that was opened without it, before another switched the file to it.
+func TestWALSwitchedElsewhere(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	o := zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_sync=OFF", DisableWAL: true}
+	s := openSQLite(t, o)
+	fileOK(t)(s.Set("k", "a", ""))
+	o.DisableWAL = false
+	other := openSQLite(t, o)
+	fileEqual(t, "mode", fileQuery(t, path, "PRAGMA journal_mode"), "wal")
+	ctx, stop := context.WithTimeout(t.Context(), 2*time.Second)
+	defer stop()
+	var group sync.WaitGroup
+	for range 2 {
+		group.Go(func() {
+			for ctx.Err() == nil { // overlapping
+				rwView(t, other, func(tx zestor.Reader[string]) {
+					rwErr(tx.Revision())
+					time.Sleep(50 * time.Millisecond)
+				})
+				time.Sleep(time.Millisecond)
+			}
+		})
+	}
+	most := int64(0)
+	for i := 0; ctx.Err() == nil; i++ {
+		fileOK(t)(s.Set("k", "a", fmt.Sprint(i, strings.Repeat("x", 20_000))))
+		info, err := os.Stat(path + "-wal")
+		check(t, err)
+		most = max(most, info.Size())
+	}
+	group.Wait()
+	if most > 16<<20 {
+		t.Errorf("the WAL grew to %d bytes", most)
+	}
+}
+
 // TestWALStaysSmall has a writer that never stops and readers that each last
 // no longer than a second, but always overlap, so that there is no moment at
 // which nobody reads the write-ahead log.
