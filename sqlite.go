@@ -107,6 +107,9 @@ const (
 	// SQLite backs off to 100 ms between tries for a lock, and so may never find a busy file free.
 	// It gets this little time, and is asked again until BusyTimeout is over.
 	lockPoll = 10 * time.Millisecond
+
+	// SQLite's error where it can only read. The driver's type for errors does not exist without cgo.
+	readOnly = "attempt to write a readonly database"
 )
 
 // SQLiteOptions are the options of a SQLite store. DSN is required. Negative numbers are errors.
@@ -372,13 +375,14 @@ func (s *sqliteEngine) moved() error {
 	return fmt.Errorf("the file was removed or replaced while it was open: %w", cmp.Or(err, errors.New(s.path)))
 }
 
-// retry repeats what another connection's lock makes fail: SQLITE_BUSY or SQLITE_PROTOCOL.
+// retry repeats what another connection's lock makes fail, SQLITE_BUSY or SQLITE_PROTOCOL; or, where
+// SQLite can only read, what it takes for a crash while another connection rolls back.
 func (c *conn) retry(fn func() error) error {
-	for {
+	for tries := 0; ; tries++ {
 		start, left := time.Now(), c.busyTimeout
 		err := fn() // may retry too
-		// The driver's type for errors does not exist without cgo.
-		if err == nil || err.Error() != "database is locked" && err.Error() != "locking protocol" {
+		rollback := err != nil && err.Error() == readOnly && tries < 3 && left > lockPoll
+		if err == nil || !rollback && err.Error() != "database is locked" && err.Error() != "locking protocol" {
 			return err
 		}
 		time.Sleep(lockPoll / 10) // for what SQLite does not wait at all
@@ -484,8 +488,8 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 		defer s.mu.Unlock()
 		// A connection made while the file can't be written only ever reads. After other errors it is kept:
 		// when the last one closes, a commit that failed to sync may be left in the WAL, to be recovered.
-		readOnly := c.err != nil && c.err.Error() == "attempt to write a readonly database"
-		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.done && !readOnly {
+		onlyReads := c.err != nil && c.err.Error() == readOnly
+		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.done && !onlyReads {
 			s.idle = append(s.idle, c)
 			return
 		}
@@ -617,11 +621,8 @@ func (c *conn) put(kind, key string, value []byte) {
 }
 
 // putMany puts what is not there already. SQLite compares, in half the time; but it refuses even a
-// write of nothing to a file that is opened read-only, for which it returns false.
+// write of nothing to a file that it can only read, for which it returns false.
 func (c *conn) putMany(entries []Entry[[]byte]) bool {
-	if c.engine.mode == "ro" {
-		return false
-	}
 	for len(entries) > 0 {
 		revision := c.revision()
 		args, size, n := []driver.Value{entries[0].Kind, now()}, 0, 0
@@ -632,6 +633,10 @@ func (c *conn) putMany(entries []Entry[[]byte]) bool {
 		}
 		c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?1, ?3, ?, ?2, ?)`+
 			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+orUpdate+` WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
+		if c.err != nil && c.err.Error() == readOnly {
+			c.err = nil
+			return false
+		}
 		c.wrote(c.revision()-revision, size) // equal values took none, and a trigger has put the others right
 		entries = entries[n:]
 	}
@@ -796,15 +801,17 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 func (c *core[T, V]) tail(since int64) {
 	for since >= 0 {
 		var changes []*Event[V]
-		newest, lost := c.hub.newest.Load(), int64(0)
+		newest, lost, room := c.hub.newest.Load(), int64(0), groupBytes
 		err := c.engine.read(false, func(s snapshot[V]) error {
-			if s.revision() < newest { // somebody has restored an older state
+			any(s).(*conn).busyTimeout = 10 * lockPoll // Close may wait for this
+			if s.revision() < newest {                 // somebody has restored an older state
 				lost = newest
 				return ErrCompacted
 			}
 			return s.history(since, func(ev *Event[V]) bool {
 				changes, since = append(changes, ev), ev.Revision
-				return len(changes) < 256
+				room -= len(as[[]byte](ev.Value)) + groupBytes/256
+				return room > 0
 			})
 		})
 		if errors.Is(err, errLocked) { // which ends some time

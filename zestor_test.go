@@ -5282,12 +5282,14 @@ var _ = child("file nobody", func(args []string) {
 
 	s, err := fileOpen(at("open", "readonly.db"))
 	must(err)
-	_, ok, err := s.Get("k", "0001")
+	v, ok, err := s.Get("k", "0001")
 	if must(err); !ok {
 		must(errors.New("0001 is gone"))
 	}
 	_, err = s.Set("k", "0001", user{Age: -1})
 	must(fileBad(err, "set k/0001"))
+	must(s.SetMany("k", map[string]user{"0001": v})) // is there already
+	must(fileBad(s.SetMany("k", map[string]user{"0001": v, "0002": {Age: -1}}), "setmany k"))
 	must(s.Close())
 
 	s, err = fileOpen(at("open", "mine.db"))
@@ -6811,6 +6813,58 @@ func TestWatchLockedOut(t *testing.T) {
 	_, err = db.Exec(`COMMIT`)
 	check(t, err)
 	rwEq(t, rwT(<-events), zestor.Event[string]{Type: zestor.EventUpdate, Kind: "k", Key: "a", Value: "2", Version: 2, Revision: 2})
+}
+
+// Nothing of a watch that ends meanwhile waits for that lock.
+func TestWatchEndsLockedOut(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: time.Hour})
+	fileOK(t)(s.Set("k", "a", "1"))
+	ctx, cancel := context.WithCancel(t.Context())
+	events, err := s.Watch(ctx, "k")
+	check(t, err)
+	db, err := sql.Open("sqlite3", path)
+	check(t, err)
+	defer db.Close()
+	db.SetMaxOpenConns(1)
+	check(t, rwErr(db.Exec(`BEGIN EXCLUSIVE`)))
+	time.Sleep(50 * time.Millisecond) // so that the tail waits already
+	cancel()
+	for range events {
+	}
+	fileSoon(t, s.Close)
+}
+
+// While others roll back, who only reads takes them for crashed.
+func TestFileReadOnlyAmongRollbacks(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	w := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_sync=OFF", DisableWAL: true})
+	fileOK(t)(w.Set("k", "a", "1"))
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?mode=ro"})
+	events, err := s.Watch(t.Context(), "k")
+	check(t, err)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 10_000 {
+			w.Update(func(tx zestor.ReadWriter[string]) error {
+				check(t, rwErr(tx.Set("k", "a", "2")))
+				return errors.New("no")
+			})
+		}
+	}()
+	for reads := 0; ; reads++ {
+		select {
+		case <-done:
+			t.Log(reads, "reads")
+			return
+		case ev := <-events:
+			t.Fatal(ev)
+		default:
+		}
+		v, _, err := s.Get("k", "a")
+		rwEq(t, rwT(v, err), "1", nil)
+	}
 }
 
 // A Scan that outlives its View holds nothing.
@@ -9211,6 +9265,45 @@ func benchHeap() int64 {
 	runtime.GC()
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
+}
+
+// A watch takes little memory for changes that it does not want, however large.
+func TestMemoryOfWatch(t *testing.T) {
+	raw := zestor.NewCodec(func(v any) ([]byte, error) { return v.([]byte), nil }, json.Unmarshal)
+	o := zestor.SQLiteOptions[[]byte]{DSN: "file:" + filepath.Join(t.TempDir(), "a.db") + "?_sync=OFF", HistoryBytes: 1 << 30, Codec: raw}
+	s, other := openSQLite(t, o), openSQLite(t, o)
+	events, err := s.Watch(t.Context(), "small")
+	check(t, err)
+	heap := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	large := make([]byte, 4<<20)
+	var group sync.WaitGroup
+	defer group.Wait()
+	group.Go(func() {
+		check(t, other.Update(func(tx zestor.ReadWriter[[]byte]) error {
+			for i := range 25 {
+				if _, err := tx.Set("large", fmt.Sprint(i), large); err != nil {
+					return err
+				}
+			}
+			return rwErr(tx.Set("small", "a", nil))
+		}))
+	})
+	most := uint64(0)
+	for seen := false; !seen; most = max(most, heap()) {
+		select {
+		case <-events:
+			seen = true
+		default:
+		}
+	}
+	if most > 64<<20 {
+		t.Errorf("the heap came to %d MiB", most>>20)
+	}
 }
 
 func TestMemoryOfMemStore(t *testing.T) {
