@@ -211,6 +211,7 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if disableWAL || s.mode == "ro" {
 		mode = "PRAGMA journal_mode"
 	}
+	c.busyTimeout = min(c.busyTimeout, time.Second)         // nobody needs the switch
 	s.wal = err == nil && as[string](c.exec(mode)) == "wal" // a file in use, or that can't have a WAL, keeps its mode
 	s.mode = strings.TrimSuffix(s.mode, "c")                // the file is there now
 	if err != nil {

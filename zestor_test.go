@@ -5392,6 +5392,25 @@ func TestFileOpenWaits(t *testing.T) {
 	group.Wait()
 }
 
+// But a switch to WAL, which others can do without, waits for a second at most.
+func TestFileOpenBesideView(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	o := zestor.SQLiteOptions[int]{DSN: path, DisableWAL: true, BusyTimeout: time.Hour}
+	s := openSQLite(t, o)
+	fileOK(t)(s.Set("k", "a", 1))
+	rwView(t, s, func(tx zestor.Reader[int]) {
+		rwErr(tx.Revision())
+		o.DisableWAL = false
+		fileSoon(t, func() error {
+			other, err := zestor.NewSQLiteStore(o)
+			check(t, err)
+			v, _, err := other.Get("k", "a")
+			rwEq(t, rwT(v, err), 1, nil)
+			return other.Close()
+		})
+	})
+}
+
 // A store that does not wait for fsync looks less often whether its file is there.
 func TestFileRemovedWithoutFsync(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
