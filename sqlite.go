@@ -624,7 +624,7 @@ func (c *conn) put(kind, key string, value []byte) {
 // putMany puts what is not there already. SQLite compares, in half the time; but it refuses even a
 // write of nothing to a file that it can only read, for which it returns false.
 func (c *conn) putMany(entries []Entry[[]byte]) bool {
-	for len(entries) > 0 {
+	for len(entries) > 0 && c.err == nil { // not one of an earlier call
 		revision := c.revision()
 		args, size, n := []driver.Value{entries[0].Kind, now()}, 0, 0
 		for ; n < min(32, len(entries)) && size < groupBytes; n++ { // the connection keeps a statement for each number of rows
@@ -748,13 +748,15 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 }
 
 // trim cuts the log to the newest changes that fit historyBytes; and a little more, so that most
-// writes find nothing to do; but never much more than the transaction has written.
+// writes find nothing to do; but never many more rows, nor beside the first many more bytes, than
+// the transaction has written.
 func (s *sqliteEngine) trim(c *conn) {
 	size := c.exec(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
 	if as[int64](size) > s.historyBytes {
-		first := c.exec(`SELECT revision FROM zestor_log WHERE revision = `+newest+` OR position >=
-			min(`+logEnd+` - ?, ? + (SELECT position FROM zestor_log ORDER BY revision LIMIT 1)) ORDER BY revision LIMIT 1`,
-			s.historyBytes-s.historyBytes/16, groupBytes/16+2*c.logged)
+		first := c.exec(`SELECT revision FROM zestor_log WHERE position >= `+logEnd+` - ?
+			OR revision >= min(`+newest+`, ? + (SELECT min(revision) FROM zestor_log))
+			OR position > ? + (SELECT position FROM zestor_log ORDER BY revision LIMIT 1 OFFSET 1) ORDER BY revision LIMIT 1`,
+			s.historyBytes-s.historyBytes/16, 256+c.logged/32, 16*groupBytes+2*c.logged)
 		// By itself: with a function in its WHERE, SQLite would copy all that it deletes, to be able to undo it.
 		c.exec(`DELETE FROM zestor_log WHERE revision < ?`, first)
 	}

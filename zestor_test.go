@@ -3625,23 +3625,46 @@ func TestWatchHistoryIsCutInSteps(t *testing.T) {
 	}
 }
 
-// Nor does a small change trim many large ones.
+// Nor does a small change trim many large ones. What has written more trims more.
 func TestWatchHistoryOfLargeValuesIsCutInSteps(t *testing.T) {
-	const size = 1 << 20
+	const size, limit = 4 << 20, 100_000
 	s, path := watchFile(t, zestor.SQLiteOptions[string]{HistoryBytes: 1 << 30})
-	for i := range 20 {
+	for i := range 8 {
 		watchSet(t, s, "k", "a", fmt.Sprint(i, strings.Repeat("x", size)))
 	}
 	check(t, s.Close())
-	s = openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, HistoryBytes: size / 2})
+	s = openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, HistoryBytes: limit})
 	_, before, _, _ := watchLog(t, path)
-	for i := 0; before > size/2; i++ {
+	for i := 0; before > limit; i++ {
 		watchSet(t, s, "k", "b", fmt.Sprint(i))
 		_, now, _, _ := watchLog(t, path)
-		if now >= before || now < before-size-size/8 {
+		if now >= before || now < before-6*size {
 			t.Fatalf("one small change took the log from %d to %d bytes", before, now)
 		}
 		before = now
+	}
+	watchSet(t, s, "k", "a", strings.Repeat("x", 18<<20)) // the newest, which stays
+	many := make(map[string]string)
+	for i := range 90 {
+		many[fmt.Sprint(i)] = strings.Repeat("x", limit-1000)
+	}
+	check(t, s.SetMany("k", many))
+	if rows, now, _, _ := watchLog(t, path); rows != 1 || now > limit {
+		t.Fatalf("the log has %d rows, %d bytes", rows, now)
+	}
+}
+
+// Nor does the log grow by what others write, as long as the store writes too.
+func TestWatchHistoryKeepsPaceWithOthers(t *testing.T) {
+	const limit = 1 << 20
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{HistoryBytes: limit})
+	watchSet(t, s, "k", "a", "")
+	for i := range 50 {
+		check(t, fileSQL(path, `UPDATE zestor_kv SET value = randomblob(400000); UPDATE zestor_kv SET value = randomblob(400000)`))
+		watchSet(t, s, "k", "a", fmt.Sprint(i))
+		if _, size, _, _ := watchLog(t, path); size > limit {
+			t.Fatalf("the log has %d bytes", size)
+		}
 	}
 }
 
@@ -6852,6 +6875,25 @@ func TestWatchEndsLockedOut(t *testing.T) {
 	for range events {
 	}
 	fileSoon(t, s.Close)
+}
+
+// Equal values may be set there, but not after a refused write: that makes Update fail.
+func TestFileReadOnlyUpdate(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	fileMake(t, path, 1)
+	for _, params := range []string{"mode=ro", "immutable=1"} {
+		s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: fileURI(path, params)})
+		all, err := s.List("k")
+		check(t, err)
+		check(t, s.Update(func(tx zestor.ReadWriter[user]) error { return tx.SetMany("k", all) }))
+		err = s.Update(func(tx zestor.ReadWriter[user]) error {
+			_, err := tx.Set("k", "a", user{})
+			check(t, fileBad(err, "readonly"))
+			tx.SetMany("k", all)
+			return nil
+		})
+		check(t, fileBad(err, "zestor: update", "readonly"))
+	}
 }
 
 // While others roll back, who only reads takes them for crashed.
