@@ -107,9 +107,6 @@ const (
 	// SQLite backs off to 100 ms between tries for a lock, and so may never find a busy file free.
 	// It gets this little time, and is asked again until BusyTimeout is over.
 	lockPoll = 10 * time.Millisecond
-
-	// SQLite's error where it can only read. The driver's type for errors does not exist without cgo.
-	readOnly = "attempt to write a readonly database"
 )
 
 // SQLiteOptions are the options of a SQLite store. DSN is required. Negative numbers are errors.
@@ -382,7 +379,7 @@ func (c *conn) retry(fn func() error) error {
 	for tries := 0; ; tries++ {
 		start, left := time.Now(), c.busyTimeout
 		err := fn() // may retry too
-		rollback := err != nil && err.Error() == readOnly && tries < 3 && left > lockPoll
+		rollback := readOnly(err) && tries < 3 && left > lockPoll
 		if err == nil || !rollback && err.Error() != "database is locked" && err.Error() != "locking protocol" {
 			return err
 		}
@@ -391,6 +388,11 @@ func (c *conn) retry(fn func() error) error {
 			return fmt.Errorf("%w: %w", errLocked, err)
 		}
 	}
+}
+
+// readOnly says that SQLite can only read. The driver's type for errors does not exist without cgo.
+func readOnly(err error) bool {
+	return err != nil && err.Error() == "attempt to write a readonly database"
 }
 
 // rows runs a statement, which the driver keeps prepared, and yields its rows; c.err says
@@ -489,8 +491,7 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 		defer s.mu.Unlock()
 		// A connection made while the file can't be written only ever reads. After other errors it is kept:
 		// when the last one closes, a commit that failed to sync may be left in the WAL, to be recovered.
-		onlyReads := c.err != nil && c.err.Error() == readOnly
-		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.done && !onlyReads {
+		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.done && !readOnly(c.err) {
 			s.idle = append(s.idle, c)
 			return
 		}
@@ -634,7 +635,7 @@ func (c *conn) putMany(entries []Entry[[]byte]) bool {
 		}
 		c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?1, ?3, ?, ?2, ?)`+
 			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+orUpdate+` WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
-		if c.err != nil && c.err.Error() == readOnly {
+		if readOnly(c.err) {
 			c.err = nil
 			return false
 		}

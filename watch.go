@@ -281,7 +281,7 @@ func (h *hub[T, V]) publish(since, lost int64, err error, changes ...*Event[V]) 
 		}
 	}
 	h.newest.Store(newest)
-	h.tailing = next >= 0
+	h.tailing = h.wake != nil && next >= 0
 	h.gone.Signal()
 	return next
 }
@@ -300,7 +300,7 @@ func (h *hub[T, V]) end() {
 func (h *hub[T, V]) wait() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for h.gone.L = &h.mu; len(h.watches) > 0 || h.wake != nil && h.tailing; {
+	for h.gone.L = &h.mu; len(h.watches) > 0 || h.tailing; {
 		h.gone.Wait()
 	}
 }

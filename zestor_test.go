@@ -6872,7 +6872,7 @@ func TestWatchEndsLockedOut(t *testing.T) {
 	fileSoon(t, s.Close)
 }
 
-// Equal values may be set there, but not after a refused write: that makes Update fail.
+// To a read-only file equal values may be set. A refused write before makes Update fail all the same.
 func TestFileReadOnlyUpdate(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
 	fileMake(t, path, 1)
@@ -9517,6 +9517,17 @@ func TestWALShortWaitsForNobody(t *testing.T) {
 	}
 }
 
+// walViews has one View after the other until ctx ends. Several of these overlap.
+func walViews[T any](ctx context.Context, t testing.TB, s zestor.Store[T], last time.Duration) {
+	for ctx.Err() == nil {
+		rwView(t, s, func(tx zestor.Reader[T]) {
+			rwErr(tx.Revision())
+			time.Sleep(last)
+		})
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // Stores that are open for a moment only see to the WAL too.
 func TestWALOfShortStores(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
@@ -9525,15 +9536,7 @@ func TestWALOfShortStores(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	var group sync.WaitGroup
 	for range 2 {
-		group.Go(func() {
-			for ctx.Err() == nil { // overlapping
-				rwView(t, s, func(tx zestor.Reader[int]) {
-					rwErr(tx.Revision())
-					time.Sleep(50 * time.Millisecond)
-				})
-				time.Sleep(time.Millisecond)
-			}
-		})
+		group.Go(func() { walViews(ctx, t, s, 50*time.Millisecond) })
 	}
 	most := int64(0)
 	for range 20 {
@@ -9573,12 +9576,7 @@ func TestWALOfSeveralWriters(t *testing.T) {
 		for late := range 2 {
 			group.Go(func() {
 				time.Sleep(time.Duration(late) * 50 * time.Millisecond) // so that they overlap
-				for ctx.Err() == nil {
-					rwView(t, s, func(tx zestor.Reader[string]) {
-						rwErr(tx.Revision())
-						time.Sleep(100 * time.Millisecond)
-					})
-				}
+				walViews(ctx, t, s, 100*time.Millisecond)
 			})
 		}
 	}
@@ -9645,12 +9643,7 @@ func TestWALOfOneWriter(t *testing.T) {
 			for n := range c.readers {
 				group.Go(func() {
 					time.Sleep(c.view * time.Duration(n) / time.Duration(c.readers)) // so that they overlap
-					for ctx.Err() == nil {
-						rwView(t, s, func(tx zestor.Reader[string]) {
-							rwErr(tx.Revision())
-							time.Sleep(c.view)
-						})
-					}
+					walViews(ctx, t, s, c.view)
 				})
 			}
 			group.Go(func() {
@@ -9744,7 +9737,7 @@ func TestWALRestartLetsOthersWrite(t *testing.T) {
 	}
 }
 
-// Also a store that was opened without it, before another switched the file to it.
+// A store that was opened without WAL, before another switched the file to it, keeps it small too.
 func TestWALSwitchedElsewhere(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
 	o := zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_sync=OFF", DisableWAL: true}
@@ -9757,15 +9750,7 @@ func TestWALSwitchedElsewhere(t *testing.T) {
 	defer stop()
 	var group sync.WaitGroup
 	for range 2 {
-		group.Go(func() {
-			for ctx.Err() == nil { // overlapping
-				rwView(t, other, func(tx zestor.Reader[string]) {
-					rwErr(tx.Revision())
-					time.Sleep(50 * time.Millisecond)
-				})
-				time.Sleep(time.Millisecond)
-			}
-		})
+		group.Go(func() { walViews(ctx, t, other, 50*time.Millisecond) })
 	}
 	most := int64(0)
 	for i := 0; ctx.Err() == nil; i++ {
