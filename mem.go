@@ -142,11 +142,10 @@ func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 	return nil
 }
 
-func (e *memEngine[T]) close() error {
+func (e *memEngine[T]) close() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.kinds, e.recent = nil, nil
-	return nil
 }
 
 func (e *memEngine[T]) get(kind, key string, _ bool) (found Entry[T]) {

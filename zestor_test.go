@@ -36,6 +36,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 	"weak"
 
 	_ "github.com/mattn/go-sqlite3"
@@ -1728,7 +1729,7 @@ func TestClose(t *testing.T) {
 			{"Scan", 0, func(_, _ string) error { return rwLast(kept) }},
 		}...) {
 			for _, kind := range []string{"k", ""} { // checked before the kind
-				err := c.do(kind, "")
+				err := c.do(kind, map[string]string{"k": "a"}[kind])
 				rwIs(t, err, zestor.ErrClosed)
 				rwNames(t, c.op, "", err)
 			}
@@ -2881,6 +2882,20 @@ func TestWatchEndHasNoValue(t *testing.T) {
 			break
 		}
 	}
+}
+
+// Not the standard library's, of which a child takes no goroutine.
+type watchContext struct{ context.Context }
+
+func (watchContext) Done() <-chan struct{} { return make(chan struct{}) }
+
+// The bubble fails if a goroutine is left.
+func TestWatchRefusedLeavesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := open(t, "memory", zestor.StoreOptions[int]{})
+		_, err := s.Watch(watchContext{t.Context()}, "k", zestor.WithSince(9))
+		rwIs(t, err, zestor.ErrCompacted)
+	})
 }
 
 // Behind a consumer that is stuck, a watch that has overflowed holds nothing more.
@@ -4043,6 +4058,8 @@ func TestFileDSN(t *testing.T) {
 		{"synchronous", "file:DIR/a.db?_sync=7", []string{"_sync", "7"}},
 		{"one of two", "file:DIR/a.db?_sync=none&_synchronous=OFF", []string{"_sync", "none"}},
 		{"no synchronous", "file:DIR/a.db?_sync=", []string{"_sync"}},
+		{"parameter's escape", "file:DIR/a.db?_sync=1&%zz=1", []string{"%zz"}},
+		{"semicolon", "file:DIR/a.db?mode=rwc;_sync=8", []string{"semicolon"}},
 		{"timeout", "file:DIR/a.db?_busy_timeout=-5", []string{"_busy_timeout", "-5"}},
 		{"a host", "file://hostDIR/a.db", []string{`"host"`}},
 		{"a user", "file://me@localhostDIR/a.db", []string{"user"}},
@@ -4077,7 +4094,7 @@ func TestFileDSN(t *testing.T) {
 		check(t, syscall.Mkfifo(path, 0o600))
 		for _, params := range []string{"", "mode=ro"} {
 			_, err := fileOpen(fileURI(path, params))
-			check(t, fileBad(err, path, "regular"))
+			check(t, fileBad(err, path, "not a regular file"))
 		}
 	})
 	t.Run("parameters have an order", func(t *testing.T) { // so that of two names for one thing the same wins
@@ -5271,6 +5288,20 @@ var _ = child("file limited", func(args []string) {
 	must(errors.Join(fileFill(s, fileLimit(args[1])), s.Close()))
 	fmt.Println("done")
 })
+
+// The name takes no memory.
+func TestNamesTooLong(t *testing.T) {
+	pages, err := syscall.Mmap(-1, 0, 1_000_000_000, syscall.PROT_READ, syscall.MAP_PRIVATE|syscall.MAP_ANON)
+	check(t, err)
+	defer syscall.Munmap(pages)
+	name := unsafe.String(&pages[0], len(pages))
+	each(t, func(t *testing.T, s zestor.Store[int]) {
+		_, err := s.Set("k", name, 1)
+		check(t, fileBad(err, "zestor: set k/", "too long"))
+		_, _, err = s.Get(name, "a")
+		check(t, fileBad(err, "zestor: get ", "too long"))
+	})
+}
 
 func TestFileTooBig(t *testing.T) {
 	for _, rollback := range []bool{false, true} {
@@ -6544,6 +6575,22 @@ func TestFileOddVersions(t *testing.T) {
 	}
 }
 
+func TestFileOddTimes(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	watchSet(t, s, "k", "a", "")
+	for typed, want := range map[string]time.Time{
+		"2024-01-02T03:04:05.678901Z":   time.Date(2024, 1, 2, 3, 4, 5, 678e6, time.UTC),
+		"2024-01-02T03:04:05.678+01:00": time.Date(2024, 1, 2, 2, 4, 5, 678e6, time.UTC),
+		"yesterday":                     {},
+	} {
+		fileStatements(t, path, `UPDATE zestor_kv SET updated_at = '`+typed+`'`)
+		e, _, err := s.GetEntry("k", "a")
+		check(t, err)
+		fileEqual(t, typed, e.UpdatedAt, want)
+	}
+}
+
 // A file opened read-only is not made.
 func TestFileImmutable(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
@@ -6876,7 +6923,7 @@ func TestWatchEndsLockedOut(t *testing.T) {
 func TestFileReadOnlyUpdate(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
 	fileMake(t, path, 1)
-	for _, params := range []string{"mode=ro", "immutable=1"} {
+	for _, params := range []string{"mode=ro", "immutable=1", "mode=ro&_timeout=1"} {
 		s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: fileURI(path, params)})
 		all, err := s.List("k")
 		check(t, err)
@@ -7063,8 +7110,8 @@ func TestFileLockedCommit(t *testing.T) {
 	begin := time.Now()
 	for i := range 100 {
 		calls.Go(func() {
-			if _, err := s.SetFn("k", "a", func(string) (string, error) { return fmt.Sprint(i), nil }); err == nil {
-				t.Error("SetFn has committed beside a reader")
+			if changed, err := s.SetFn("k", "a", func(string) (string, error) { return fmt.Sprint(i), nil }); err == nil || changed {
+				t.Error("SetFn has committed beside a reader", changed)
 			}
 		})
 	}
