@@ -10,6 +10,7 @@ import (
 	"io"
 	"iter"
 	"maps"
+	"math/rand/v2"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -100,7 +101,7 @@ const (
 const (
 	maxCopy      = 16 << 20              // the driver keeps a copy of its arguments; a connection that was given a longer one is closed
 	readers      = 4                     // connections for short reads; more starve the writer on a small machine
-	pollInterval = 14 * time.Millisecond // at which a watched store looks for the commits of other processes
+	pollInterval = 14 * time.Millisecond // at which, on average, a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction, and a statement of many rows
 	maxWAL       = 12 << 20              // see restartWAL
 
@@ -798,9 +799,10 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 }
 
 // tail publishes the changes after a revision until nobody waits for them. It looks after each commit
-// of this store, and every pollInterval for those of others.
+// of this store; and for those of others every pollInterval, sooner after a change, which may have an
+// answer, and at random, lest one who writes at a steady pace always wait for the longest.
 func (c *core[T, V]) tail(since int64) {
-	for since >= 0 {
+	for wait := pollInterval; since >= 0; {
 		var changes []*Event[V]
 		newest, lost, room := c.hub.newest.Load(), int64(0), groupBytes
 		err := c.engine.read(false, func(s snapshot[V]) error {
@@ -818,12 +820,14 @@ func (c *core[T, V]) tail(since int64) {
 		if errors.Is(err, errLocked) { // which ends some time
 			err = nil
 		}
-		if since = c.hub.publish(since, lost, err, changes...); since < 0 || len(changes) > 0 {
-			continue
-		}
-		select {
-		case <-c.hub.wake:
-		case <-time.After(pollInterval):
+		if since = c.hub.publish(since, lost, err, changes...); len(changes) > 0 {
+			wait = lockPoll / 10
+		} else if since >= 0 {
+			select {
+			case <-c.hub.wake:
+			case <-time.After((wait/2 + rand.N(wait)).Round(time.Millisecond)): // a part of one would be another wake-up
+			}
+			wait = min(wait*5/4, pollInterval)
 		}
 	}
 }

@@ -69,7 +69,7 @@ func WithEventTypes(types ...EventType) WatchOption {
 }
 
 // WithBufferSize sets how many undelivered changes the watch may hold, at least 1. Those that it
-// filters out and those of its replay do not count.
+// filters out and those of its replay do not count, nor in SQLite those yet to be read from the log.
 func WithBufferSize(n int) WatchOption { return func(o *watchOptions) { o.limit = n } }
 
 type watchOptions struct {

@@ -3334,7 +3334,7 @@ func TestWatchPolls(t *testing.T) {
 					check(t, err)
 					start := time.Now()
 					watchWant(t, ch, watchFill(t, other, "k", 3)...)
-					if d := time.Since(start); d > 20*time.Millisecond {
+					if d := time.Since(start); d > 22*time.Millisecond {
 						t.Fatalf("it came after %v", d)
 					}
 					second := watchOn(t, s, "k")
@@ -3347,6 +3347,44 @@ func TestWatchPolls(t *testing.T) {
 					s = openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
 				}
 			})
+		})
+	}
+}
+
+// Whatever the pause after which a writer goes on who waits for the watch, or
+// writes at a steady pace. By the bubble's clock, so that no machine is too slow.
+func TestWatchPollsOfAnswers(t *testing.T) {
+	for pause := time.Duration(0); pause < 100*time.Millisecond; pause = pause*5/4 + time.Millisecond {
+		synctest.Test(t, func(t *testing.T) {
+			s, path := watchFile(t, zestor.SQLiteOptions[string]{})
+			other := openSQLite(t, zestor.SQLiteOptions[string]{DSN: fileURI(path, "_sync=OFF")})
+			ch := watchOn(t, s, "k")
+			var answers, steady []time.Duration
+			for i := range 200 {
+				time.Sleep(pause)
+				watchSet(t, other, "k", "a", fmt.Sprint(i))
+				start := time.Now()
+				watchNext(t, ch)
+				answers = append(answers, time.Since(start))
+			}
+			sent := make(chan time.Time, 200)
+			go func() {
+				for i := range cap(sent) {
+					time.Sleep(pause + time.Millisecond)
+					watchSet(t, other, "k", "b", fmt.Sprint(i))
+					sent <- time.Now()
+				}
+			}()
+			for range cap(sent) {
+				watchNext(t, ch)
+				now := time.Now()
+				steady = append(steady, now.Sub(<-sent))
+			}
+			for name, latencies := range map[string][]time.Duration{"answers": answers, "steady": steady} {
+				if slices.Sort(latencies); latencies[len(latencies)/2] >= 10*time.Millisecond {
+					t.Errorf("%s after %v: the median is %v", name, pause, latencies[len(latencies)/2])
+				}
+			}
 		})
 	}
 }
