@@ -653,8 +653,9 @@ func (c *conn) remove(old Entry[[]byte]) {
 
 // wrote counts changes, and what a trigger has logged of them.
 func (c *conn) wrote(changes int64, bytes int) {
-	c.changes += changes
-	c.logged += int64(bytes) + 64*changes
+	if c.changes += changes; changes > 0 {
+		c.logged += int64(bytes) + 64*changes
+	}
 }
 
 // A request is a write that may share a transaction with others.
@@ -821,7 +822,7 @@ func (c *core[T, V]) tail(since int64) {
 			err = nil
 		}
 		if since = c.hub.publish(since, lost, err, changes...); len(changes) > 0 {
-			wait = lockPoll / 10
+			wait = pollInterval / 4
 		} else if since >= 0 {
 			select {
 			case <-c.hub.wake:

@@ -108,7 +108,7 @@ func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOpti
 		}
 		w.ctx, w.cancel = context.WithCancel(ctx)
 		size := int(reflect.TypeFor[Event[T]]().Size())
-		w.ch = make(chan Event[T], min(64, 16<<10/size)) // at most 16 KiB
+		w.ch = make(chan Event[T], max(1, min(w.limit, 64, 16<<10/size))) // at most 16 KiB, or one
 		if err := st.begin(w); err != nil {
 			st.hub.remove(w)
 			return err
@@ -137,7 +137,7 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 		if w.resume {
 			return s.history(w.since, replay)
 		}
-		if w.initial {
+		if w.initial && w.wants(&Event[V]{Type: EventCreate, Kind: w.kind, Key: w.prefix}) {
 			s.scan(w.kind, Range{Prefix: w.prefix}, true, func(e Entry[V]) bool { return replay(e.event(EventCreate)) })
 		}
 		return nil
@@ -267,7 +267,7 @@ func (h *hub[T, V]) publish(since, lost int64, err error, changes ...*Event[V]) 
 			}
 		}
 		at := max(since, w.from)
-		if err != nil && w.from <= max(since, lost) {
+		if err != nil && !w.over && w.from <= max(since, lost) {
 			end := &Event[V]{Type: EventError, Kind: w.kind, Revision: at, Err: err}
 			if err != ErrCompacted {
 				end.Err = place{"watch", w.kind}.fail(err)
