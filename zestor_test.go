@@ -9418,12 +9418,6 @@ func TestMemoryOfWatch(t *testing.T) {
 	s, other := openSQLite(t, o), openSQLite(t, o)
 	events, err := s.Watch(t.Context(), "small")
 	check(t, err)
-	heap := func() uint64 {
-		runtime.GC()
-		var m runtime.MemStats
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
 	large := make([]byte, 4<<20)
 	var group sync.WaitGroup
 	defer group.Wait()
@@ -9437,8 +9431,8 @@ func TestMemoryOfWatch(t *testing.T) {
 			return rwErr(tx.Set("small", "a", nil))
 		}))
 	})
-	most := uint64(0)
-	for seen := false; !seen; most = max(most, heap()) {
+	most := int64(0)
+	for seen := false; !seen; most = max(most, benchHeap()) {
 		select {
 		case <-events:
 			seen = true
