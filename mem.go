@@ -27,13 +27,15 @@ type memStore[T any] struct {
 
 func (s *memStore[T]) Get(kind, key string) (value T, ok bool, err error) {
 	s.e.mu.RLock()
-	if r := s.e.row(kind, key); r != nil {
+	r, closed := s.e.row(kind, key), s.e.kinds == nil
+	if r != nil {
 		value = r.value
-		s.e.mu.RUnlock()
-		return value, true, nil
 	}
 	s.e.mu.RUnlock()
-	return s.store.Get(kind, key) // absent, or an error
+	if r == nil && (closed || place{"get", kind, key}.check() != nil) {
+		return s.store.Get(kind, key) // an error
+	}
+	return value, r != nil, nil
 }
 
 func (s *memStore[T]) List(kind string, filters ...FilterFunc[T]) (map[string]T, error) {

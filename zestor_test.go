@@ -9513,6 +9513,8 @@ func TestMemStoreAllocatesNothing(t *testing.T) {
 		synctest.Wait() // nobody watches any more
 		for name, f := range map[string]func(){
 			"Get":                   func() { s.Get("users", "a") },
+			"Get of an absent key":  func() { s.Get("users", "b") },
+			"Get of an absent kind": func() { s.Get("others", "a") },
 			"Set of an equal value": func() { s.Set("users", "a", values[n%2]) },
 			"Set of another value":  func() { n++; s.Set("users", "a", values[n%2]) },
 		} {
