@@ -372,6 +372,8 @@ func (s *sqliteEngine) moved() error {
 	return fmt.Errorf("the file was removed, replaced or made unreachable while it was open: %w", cmp.Or(err, errors.New(s.path)))
 }
 
+var errLocked = errors.New("the file stayed locked for longer than BusyTimeout")
+
 // retry repeats what another connection's lock makes fail, SQLITE_BUSY or SQLITE_PROTOCOL; or, where
 // SQLite can only read, what it takes for a crash while another connection rolls back.
 func (c *conn) retry(fn func() error) error {

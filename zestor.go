@@ -728,10 +728,7 @@ func collect[V any](s snapshot[V], kind string, r Range, whole bool) (rows []Ent
 // of a row; sqlite.org/limits.html, item 1.
 const maxSize = 1_000_000_000 - 1024
 
-var (
-	errNilFunc = errors.New("function is nil")
-	errLocked  = errors.New("the file stayed locked for longer than BusyTimeout")
-)
+var errNilFunc = errors.New("function is nil")
 
 // A place says where an error happened: the operation, and of kind and key what that names.
 type place []string
