@@ -201,10 +201,7 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	}
 	s.idle = []*conn{c}
 	s.file, _ = os.Stat(s.path)
-	err = c.retry(func() error { // from the start if another process has been faster
-		c.err = nil
-		return c.transaction("BEGIN", c.upgrade)
-	})
+	err = c.retry(func() error { return c.transaction("BEGIN", c.upgrade) }) // anew if another process has been faster
 	mode := "PRAGMA journal_mode = WAL"
 	if disableWAL || s.mode == "ro" {
 		mode = "PRAGMA journal_mode"
@@ -444,6 +441,7 @@ func (c *conn) exec(sql string, args ...driver.Value) driver.Value {
 
 // transaction commits if fn returns nil.
 func (c *conn) transaction(begin string, fn func() error) error {
+	c.err = nil // of an earlier try
 	if c.exec(begin); c.err != nil {
 		return c.err
 	}
