@@ -594,9 +594,9 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	}
 	for since < newest {
 		before := since
-		for v := range c.rows(`SELECT value, version, revision, type, kind, key FROM zestor_log WHERE `+where, since) {
-			e := entryOf(as[string](v[4]), as[string](v[5]), v)
-			ev := e.event(EventType(as[string](v[3])))
+		for v := range c.rows(`SELECT type, kind, key, value, version, revision FROM zestor_log WHERE `+where, since) {
+			ev := &Event[[]byte]{EventType(as[string](v[0])), as[string](v[1]), as[string](v[2]), as[[]byte](v[3]),
+				max(1, as[int64](v[4])), as[int64](v[5]), nil}
 			if since++; ev.Revision != since || ev.Type == "upgrade" {
 				return ErrCompacted
 			}
