@@ -600,18 +600,18 @@ func (st *store[T, V]) SetFn(kind, key string, fn func(value T) (T, error)) (cha
 }
 
 func (st *store[T, V]) SetMany(kind string, values map[string]T) error {
-	at := place{"setmany", kind} // and the key that it has come to
+	at := place{"setmany", kind}
 	entries := make([]Entry[V], len(values))
 	return st.call(&at, func() error {
 		for i, key := range slices.Sorted(maps.Keys(values)) {
-			at = append(at[:2], key)
-			v, err := st.check(at, values[key])
+			v, err := st.check(place{"setmany", kind, key}, values[key])
 			if err != nil {
+				at = append(at, key)
 				return err
 			}
 			entries[i] = Entry[V]{Kind: kind, Key: key, Value: v}
 		}
-		if at = at[:2]; len(entries) == 0 {
+		if len(entries) == 0 {
 			return nil
 		}
 		return st.write(false, func(t transaction[V]) error {
