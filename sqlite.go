@@ -45,11 +45,11 @@ const (
 		revision INTEGER NOT NULL DEFAULT 0,
 		PRIMARY KEY (kind, key)) WITHOUT ROWID;`
 
-	newest = `(SELECT max(revision) FROM zestor_log)`
-	logEnd = `ifnull((SELECT position + length(CAST(kind || key AS BLOB)) + length(value) + 64
+	lastRevision = `(SELECT max(revision) FROM zestor_log)`
+	logEnd       = `ifnull((SELECT position + length(CAST(kind || key AS BLOB)) + length(value) + 64
 			FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
-	after = `max(CAST(OLD.version AS INTEGER), 1) + 1`
-	same  = `NEW.revision <= OLD.revision AND CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB)`
+	nextVersion = `max(CAST(OLD.version AS INTEGER), 1) + 1`
+	noChange    = `NEW.revision <= OLD.revision AND CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB)`
 	// For a write that is the store's own this looks for the kind NULL, and so updates no row.
 	repair = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
 			WHERE key = NEW.key AND kind = iif(NEW.revision = last_insert_rowid() AND NEW.version = `
@@ -64,11 +64,11 @@ const (
 		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'create', 1, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
 		UPDATE zestor_kv SET version = 1` + repair + `1, NULL, NEW.kind);
 	END;
-	CREATE TRIGGER zestor_update AFTER UPDATE OF value ON zestor_kv WHEN NOT (` + same + `) BEGIN
-		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'update', ` + after + `, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
-		UPDATE zestor_kv SET version = ` + after + repair + after + `, NULL, NEW.kind);
+	CREATE TRIGGER zestor_update AFTER UPDATE OF value ON zestor_kv WHEN NOT (` + noChange + `) BEGIN
+		INSERT INTO zestor_log VALUES (NULL, ` + logEnd + `, 'update', ` + nextVersion + `, NEW.kind, NEW.key, CAST(NEW.value AS BLOB));
+		UPDATE zestor_kv SET version = ` + nextVersion + repair + nextVersion + `, NULL, NEW.kind);
 	END;
-	CREATE TRIGGER zestor_same AFTER UPDATE OF value ON zestor_kv WHEN ` + same + ` BEGIN
+	CREATE TRIGGER zestor_same AFTER UPDATE OF value ON zestor_kv WHEN ` + noChange + ` BEGIN
 		UPDATE zestor_kv SET version = OLD.version, revision = OLD.revision, updated_at = OLD.updated_at
 			WHERE kind = NEW.kind AND key = NEW.key;
 	END;
@@ -79,7 +79,7 @@ const (
 	WHEN NEW.kind IS NOT OLD.kind OR NEW.key IS NOT OLD.key BEGIN
 		SELECT RAISE(ABORT, 'zestor: kind and key cannot be updated: delete and insert');
 	END;
-	CREATE TRIGGER zestor_keep BEFORE DELETE ON zestor_log WHEN OLD.revision = ` + newest + ` BEGIN
+	CREATE TRIGGER zestor_keep BEFORE DELETE ON zestor_log WHEN OLD.revision = ` + lastRevision + ` BEGIN
 		SELECT RAISE(IGNORE);
 	END;
 	PRAGMA user_version = 1`
@@ -344,7 +344,7 @@ type conn struct {
 	busyTimeout time.Duration
 	args        []driver.NamedValue
 	reading     []driver.Rows // what is not read to its end yet
-	done        bool          // not to be kept
+	discard     bool          // it must not be lent again
 	err         error         // SQLite's first since the connection was borrowed; nothing is run after it
 
 	changes, logged int64 // in this transaction: rows, and bytes
@@ -403,7 +403,7 @@ func (c *conn) rows(sql string, args ...driver.Value) iter.Seq[[]driver.Value] {
 		c.args = c.args[:0]
 		for i, arg := range args {
 			c.args = append(c.args, driver.NamedValue{Ordinal: i + 1, Value: arg})
-			c.done = c.done || len(as[[]byte](arg))+len(as[string](arg)) > maxCopy
+			c.discard = c.discard || len(as[[]byte](arg))+len(as[string](arg)) > maxCopy
 		}
 		var rows driver.Rows
 		c.err = c.retry(func() (err error) {
@@ -448,7 +448,7 @@ func (c *conn) transaction(begin string, fn func() error) error {
 	defer func() { // also after a panic or Goexit
 		if !c.Conn.(interface{ AutoCommit() bool }).AutoCommit() {
 			_, err := c.Conn.(driver.ExecerContext).ExecContext(context.Background(), "ROLLBACK", nil)
-			c.done = c.done || err != nil
+			c.discard = c.discard || err != nil
 		}
 	}()
 	err := fn()
@@ -490,7 +490,7 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 		defer s.mu.Unlock()
 		// A connection made while the file can't be written only ever reads. After other errors it is kept:
 		// when the last one closes, a commit that failed to sync may be left in the WAL, to be recovered.
-		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.done && !readOnly(c.err) {
+		if s.path == "" || len(s.idle) <= readers && len(c.reading) == 0 && !c.discard && !readOnly(c.err) {
 			s.idle = append(s.idle, c)
 			return
 		}
@@ -616,7 +616,7 @@ const orUpdate = ` ON CONFLICT (kind, key) DO UPDATE SET
 	value = excluded.value, version = version + 1, updated_at = excluded.updated_at, revision = excluded.revision`
 
 func (c *conn) put(kind, key string, value []byte) {
-	c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?, ?, ?, ?, ifnull(1 + `+newest+`, 1))`+orUpdate,
+	c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?, ?, ?, ?, ifnull(1 + `+lastRevision+`, 1))`+orUpdate,
 		kind, key, value, now())
 	c.wrote(1, len(kind)+len(key)+len(value))
 }
@@ -754,7 +754,7 @@ func (s *sqliteEngine) trim(c *conn) {
 	size := c.exec(`SELECT ` + logEnd + ` - position FROM zestor_log ORDER BY revision LIMIT 1`)
 	if as[int64](size) > s.historyBytes {
 		first := c.exec(`SELECT revision FROM zestor_log WHERE position >= `+logEnd+` - ?
-			OR revision >= min(`+newest+`, ? + (SELECT min(revision) FROM zestor_log))
+			OR revision >= min(`+lastRevision+`, ? + (SELECT min(revision) FROM zestor_log))
 			OR position > ? + (SELECT position FROM zestor_log ORDER BY revision LIMIT 1 OFFSET 1) ORDER BY revision LIMIT 1`,
 			s.historyBytes-s.historyBytes/16, 256+c.logged/32, 16*groupBytes+2*c.logged)
 		// By itself: with a function in its WHERE, SQLite would copy all that it deletes, to be able to undo it.

@@ -442,7 +442,7 @@ func (st *store[T, V]) entry(op, kind, key string, whole bool) (e Entry[T], ok b
 		var found Entry[V]
 		err := st.read(false, func(s snapshot[V]) { found = s.get(kind, key, whole) })
 		if ok = found.Key != ""; ok {
-			e, err = st.entryOf(found)
+			e, err = st.decodeEntry(found)
 		}
 		return err
 	})
@@ -492,7 +492,7 @@ func (st *store[T, V]) Scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		stopped := false
 		each := func(e Entry[V]) bool {
-			entry, err := st.entryOf(e)
+			entry, err := st.decodeEntry(e)
 			stopped = !yield(entry, place{"scan", e.Kind, e.Key}.fail(err))
 			return !stopped && !st.done.Load()
 		}
@@ -692,8 +692,8 @@ func (c *core[T, V]) same(old Entry[V], next T, encoded V) bool {
 	return err == nil && c.options.CompareFn(prev, next)
 }
 
-// entryOf decodes a row. With an error it is the entry without its value.
-func (c *core[T, V]) entryOf(r Entry[V]) (Entry[T], error) {
+// decodeEntry decodes a row. With an error it is the entry without its value.
+func (c *core[T, V]) decodeEntry(r Entry[V]) (Entry[T], error) {
 	value, err := c.decode(r.Value)
 	return Entry[T]{r.Kind, r.Key, value, r.Version, r.Revision, r.UpdatedAt}, err
 }
@@ -705,7 +705,7 @@ func (st *store[T, V]) entries(at place, kind string, whole bool, use func([]Ent
 		err := st.read(false, func(s snapshot[V]) { rows = collect(s, kind, Range{}, whole) })
 		entries := make([]Entry[T], len(rows))
 		for i := 0; i < len(rows) && err == nil; i++ {
-			if entries[i], err = st.entryOf(rows[i]); err != nil {
+			if entries[i], err = st.decodeEntry(rows[i]); err != nil {
 				at = place{at[0], rows[i].Kind, rows[i].Key}
 			}
 		}
@@ -756,16 +756,16 @@ func (p place) fail(err error) error {
 		quoted := fmt.Sprintf("%.500q", name) // no line breaks, not endless
 		text += " /"[i:i+1] + quoted[1:len(quoted)-1]
 	}
-	return &failure{text, err}
+	return &placedError{text, err}
 }
 
-// A failure takes its cause's text only when it is asked for its own.
-type failure struct {
+// A placedError takes its cause's text only when it is asked for its own.
+type placedError struct {
 	where string
 	cause error
 }
 
-func (f *failure) Unwrap() error { return f.cause }
-func (f *failure) Error() string {
-	return f.where + ": " + strings.TrimPrefix(f.cause.Error(), "zestor: ")
+func (e *placedError) Unwrap() error { return e.cause }
+func (e *placedError) Error() string {
+	return e.where + ": " + strings.TrimPrefix(e.cause.Error(), "zestor: ")
 }
