@@ -339,8 +339,7 @@ type writer[T any] interface{ ReadWriter[T] }
 
 func newStore[T, V any](c *core[T, V]) *store[T, V] {
 	c.options.ValidateFns = maps.Clone(c.options.ValidateFns)
-	kind := reflect.TypeFor[T]().Kind()
-	c.nilable = kind == reflect.Pointer || kind == reflect.Interface
+	c.nilable = slices.Contains([]reflect.Kind{reflect.Pointer, reflect.Interface}, reflect.TypeFor[T]().Kind())
 	return &store[T, V]{core: c}
 }
 
