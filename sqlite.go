@@ -736,7 +736,8 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 			}
 			return err
 		})
-		if s.locked = (time.Time{}); errors.Is(c.err, errLocked) {
+		s.locked = time.Time{}
+		if errors.Is(c.err, errLocked) {
 			s.locked = time.Now()
 		}
 		if err == nil && c.changes > 0 {

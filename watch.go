@@ -225,7 +225,8 @@ func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) error {
 	h := c.hub
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if w.from = s.revision(); h.ended {
+	w.from = s.revision()
+	if h.ended {
 		w.cancel()
 	}
 	if w.from < h.newest.Load() { // somebody has restored an older state, which the tail will find
@@ -300,7 +301,8 @@ func (h *hub[T, V]) end() {
 func (h *hub[T, V]) wait() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for h.gone.L = &h.mu; len(h.watches) > 0 || h.tailing; {
+	h.gone.L = &h.mu // only Wait needs it
+	for len(h.watches) > 0 || h.tailing {
 		h.gone.Wait()
 	}
 }

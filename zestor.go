@@ -265,7 +265,7 @@ func (r Range) bounds() (lo, hi string) {
 	}
 	if r.After != "" && !r.Descending {
 		lo = max(lo, r.After+"\x00")
-	} else if hi == "" || r.After != "" && r.After < hi {
+	} else if r.After != "" && (hi == "" || r.After < hi) {
 		hi = r.After
 	}
 	return lo, hi
