@@ -39,8 +39,8 @@
 // # Caveats
 //
 // There is one writer at a time. In a file in WAL mode a long Scan or View lets the write-ahead log
-// grow, and may hold up writers for 3 seconds or so; elsewhere they wait until a View returns. Of all
-// that are under way at once, each takes a file descriptor, which SQLite keeps for the next until Close.
+// grow, and may hold up writers for 3 seconds or so; elsewhere they wait until a View returns. Each
+// Scan or View that is under way takes a file descriptor, which SQLite keeps for the next until Close.
 // A watch first reads its whole replay into memory. Whoever stops reading its channel should end its
 // context. In memory 0 equals -0, and NaN not itself; in SQLite that is up to their encodings.
 package zestor
@@ -259,7 +259,7 @@ type StoreOptions[T any] struct {
 func (r Range) bounds() (lo, hi string) {
 	lo = r.Prefix
 	for n := len(lo); n > 0 && hi == ""; n-- {
-		if last := lo[n-1]; last < 0xff { // the first key past a prefix has its last byte counted up
+		if last := lo[n-1]; last < 0xff { // a prefix "ab" ends before "ac", and "a\xff" before "b"
 			hi = lo[:n-1] + string([]byte{last + 1})
 		}
 	}
@@ -274,10 +274,10 @@ func (r Range) bounds() (lo, hi string) {
 // Below the contract: its rules, written once over the two engines. An engine's entries and events
 // are of type V: T itself in memory, its encoding in SQLite.
 
-// snapshot is one consistent state of an engine. What goes through it ends when each returns false.
+// snapshot is one consistent state of an engine. scan and history end when each returns false.
 type snapshot[V any] interface {
-	// get returns an entry, with no Key if it is absent. Of entries that are not asked for whole, get
-	// and scan may leave out all but their names and values.
+	// get returns an entry, with no Key if it is absent. Of an entry that is not asked for whole, get
+	// and scan may leave out the version, revision and time.
 	get(kind, key string, whole bool) Entry[V]
 	// scan goes through a range of a kind, or all kinds if it is "".
 	scan(kind string, r Range, whole bool, each func(Entry[V]) bool)
@@ -301,7 +301,7 @@ type transaction[V any] interface {
 
 // engine is what differs between the stores. A failure of the snapshot comes before an error of fn.
 type engine[V any] interface {
-	// read is for one call on the snapshot, or, if it lasts, for any number.
+	// read lends fn a snapshot for one call on it, or, if it lasts, for any number.
 	read(lasts bool, fn func(snapshot[V]) error) error
 	// write commits if fn returns nil. A shared fn runs no callbacks: another caller's goroutine
 	// may run it, in one transaction with others.
@@ -317,7 +317,7 @@ type core[T, V any] struct {
 	encode  func(kind, key string, value T) (V, error) // runs the codec
 	decode  func(V) (T, error)                         // runs the codec
 	equal   func(prev, next V) bool                    // without CompareFn
-	streams bool                                       // a read that lasts is in nobody's way
+	streams bool                                       // a read that lasts, as for a Scan, holds up nobody
 	hub     *hub[T, V]
 	open    sync.RWMutex // read-locked by each call; Close locks it for good
 	closing sync.Once
@@ -332,8 +332,8 @@ type store[T, V any] struct {
 	done   atomic.Bool    // View or Update has returned
 }
 
-// reader and writer hide the store that View and Update hand out as them: since the names are not
-// exported, nobody can make more of it.
+// View and Update hand out a struct that embeds their tx as a reader or writer, so that nobody can assert
+// it to be a Store. The names are not exported, so that nobody can take the tx out of the struct.
 type reader[T any] interface{ Reader[T] }
 type writer[T any] interface{ ReadWriter[T] }
 
@@ -386,13 +386,13 @@ func (st *store[T, V]) Close() error {
 	return nil
 }
 
-// call is the frame of every method: it enters the store or transaction, checks the names, and
-// wraps the error in where fn has come to.
+// call is the frame of every method: it enters the store or transaction, checks the names in at, runs
+// fn, and wraps the error in at, which fn may have changed to name the key that failed.
 func (st *store[T, V]) call(at *place, fn func() error) error {
 	switch {
 	case st.done.Load():
 		return at.fail(ErrTxDone)
-	case st.tx == nil && !st.open.TryRLock(): // also while Close waits, lest it and a Scan's body wait for each other
+	case st.tx == nil && !st.open.TryRLock(): // where RLock would wait for Close, and Close for the Scan that this is in
 		return at.fail(ErrClosed)
 	case st.tx == nil:
 		defer st.open.RUnlock()
@@ -537,7 +537,7 @@ func (st *store[T, V]) set(at place, value T, want *int64) (result SetResult, re
 			return err
 		}
 		if st.tx == nil && want == nil && st.repeats.Load() {
-			// Find out without locking other writers out.
+			// This value may be equal too: look, without locking other writers out.
 			var old Entry[V]
 			err := st.read(false, func(s snapshot[V]) { old = s.get(kind, key, false) })
 			if err != nil || st.same(old, value, v) {
@@ -634,8 +634,8 @@ func (st *store[T, V]) Delete(kind, key string) (existed bool, prev T, err error
 			return err
 		}
 		prev, _ = st.decode(old.Value)
-		// It is decoded before, since a codec that panics must leave the key, and outside, since a
-		// shared transaction runs no codec. If somebody has written in between, one does that is not.
+		// Decode before the write: a codec may panic, and a shared write must run none. If the key was
+		// written meanwhile, the second try is not shared, and decodes what it removes.
 		for shared, raced := true, true; raced && err == nil; shared = false {
 			err = st.write(shared, func(t transaction[V]) error {
 				now := t.get(kind, key, true)
@@ -667,7 +667,7 @@ func (st *store[T, V]) write(shared bool, fn func(transaction[V]) error) error {
 	return st.engine.write(shared, fn)
 }
 
-// check is what a key and its value have to pass before anything is written.
+// check encodes a value if it and its key may be stored.
 func (c *core[T, V]) check(at place, value T) (v V, err error) {
 	err = at.check()
 	if err == nil && c.nilable && reflect.ValueOf(value).Kind() == reflect.Pointer && reflect.ValueOf(value).IsNil() {
@@ -697,7 +697,7 @@ func (c *core[T, V]) decodeEntry(r Entry[V]) (Entry[T], error) {
 	return Entry[T]{r.Kind, r.Key, value, r.Version, r.Revision, r.UpdatedAt}, err
 }
 
-// entries decodes a kind, or all, after giving back what reading it took.
+// entries collects a kind, or all if it is "", and decodes when the snapshot has been given back.
 func (st *store[T, V]) entries(at place, kind string, whole bool, use func([]Entry[T])) error {
 	return st.call(&at, func() error {
 		var rows []Entry[V]
@@ -729,7 +729,7 @@ const maxSize = 1_000_000_000 - 1024
 
 var errNilFunc = errors.New("function is nil")
 
-// A place says where an error happened: the operation, and of kind and key what that names.
+// A place is where an error happens: an operation, and then the kind and the key, if it has them.
 type place []string
 
 func (p place) check() error {
@@ -752,13 +752,13 @@ func (p place) fail(err error) error {
 	}
 	text := "zestor: " + p[0]
 	for i, name := range p[1:] {
-		quoted := fmt.Sprintf("%.500q", name) // no line breaks, not endless
-		text += " /"[i:i+1] + quoted[1:len(quoted)-1]
+		quoted := fmt.Sprintf("%.500q", name)         // no line breaks, not endless
+		text += " /"[i:i+1] + quoted[1:len(quoted)-1] // a space before the kind, a slash before the key
 	}
 	return &placedError{text, err}
 }
 
-// A placedError takes its cause's text only when it is asked for its own.
+// A placedError asks for its cause's text only when it is read: a callback's error may panic there.
 type placedError struct {
 	where string
 	cause error
