@@ -18,8 +18,8 @@ func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 		decode: func(value T) (T, error) { return value, nil }}), e}
 }
 
-// memStore has quick paths for what programs do most. Each does what the store does, or calls it;
-// only while Close waits for others do they still answer.
+// memStore has quick paths for what programs do most. Each does what the store does, or calls it. They
+// don't look whether it is open: they answer until Close has emptied the engine, and then call the store.
 type memStore[T any] struct {
 	*store[T, T]
 	e *memEngine[T]
@@ -78,10 +78,10 @@ type memEngine[T any] struct {
 
 	mu      sync.RWMutex
 	kinds   map[string]*memKind[T] // protected by mu
-	recent  *memKind[T]            // protected by mu; one of kinds, which was last changed, or nil: found without a lookup
+	recent  *memKind[T]            // protected by mu; the kind changed last, found without a lookup; nil: none
 	newest  int64                  // protected by mu; the revision
-	undo    []func()               // protected by mu; of a transaction
-	changes []*Event[T]            // protected by mu; of a transaction while somebody watches
+	undo    []func()               // protected by mu; takes back the transaction's changes, one each
+	changes []*Event[T]            // protected by mu; the same changes, if somebody watches
 }
 
 // kind returns an empty memKind if the kind is absent.
@@ -115,9 +115,9 @@ type memKind[T any] struct {
 	rows map[string]*memRow[T] // protected by the engine's mu, with what is pointed at
 
 	// The index is made, and brought up to date, when somebody needs it, under the engine's read lock.
-	index   sync.Mutex
-	sorted  []string // protected by mu, or its read lock and index; nil: not made
-	changed []string // protected likewise; keys that came or went since
+	indexMu sync.Mutex
+	sorted  []string // the index; protected by the engine's mu, or its read lock and indexMu; nil: not made
+	changed []string // protected likewise; keys that came or went since it was made
 }
 
 func (e *memEngine[T]) read(_ bool, fn func(snapshot[T]) error) error {
@@ -133,7 +133,7 @@ func (e *memEngine[T]) write(_ bool, fn func(transaction[T]) error) error {
 		for _, undo := range slices.Backward(e.undo) {
 			undo()
 		}
-		e.newest -= int64(len(e.undo))
+		e.newest -= int64(len(e.undo)) // each change had taken one
 		e.undo, e.changes = nil, nil
 	}()
 	if err := fn(e); err != nil {
@@ -169,13 +169,13 @@ func (e *memEngine[T]) scan(kind string, r Range, _ bool, each func(Entry[T]) bo
 	lo, hi := r.bounds()
 	from, _ := slices.BinarySearch(keys, lo)
 	to := sort.Search(len(keys), func(n int) bool { return hi != "" && keys[n] >= hi })
-	keys = keys[from:max(from, to)]
+	keys = keys[from:max(from, to)] // hi may be below lo
 	for n := range keys {
 		key := keys[n]
 		if r.Descending {
 			key = keys[len(keys)-1-n]
 		}
-		if r.Limit--; !each(k.rows[key].entry(kind, key)) || r.Limit == 0 {
+		if r.Limit--; !each(k.rows[key].entry(kind, key)) || r.Limit == 0 { // 0 at first never comes to 0
 			break
 		}
 	}
@@ -214,7 +214,7 @@ func (e *memEngine[T]) change(what EventType, now Entry[T], r *memRow[T]) {
 	old := e.replace(now.Kind, now.Key, r)
 	e.undo = append(e.undo, func() { e.replace(now.Kind, now.Key, old) })
 	e.newest++
-	now.Revision = e.newest // a delete's own
+	now.Revision = e.newest // which a put knew; a delete gets it here
 	if e.hub.watched.Load() {
 		e.changes = append(e.changes, now.event(what))
 	}
@@ -235,17 +235,17 @@ func (e *memEngine[T]) replace(kind, key string, r *memRow[T]) (old *memRow[T]) 
 		delete(e.kinds, kind)
 		e.recent = nil
 	case len(k.changed) >= len(k.sorted)/2:
-		k.sorted, k.changed = nil, nil // no better than a new one, if it is made at all
+		k.sorted, k.changed = nil, nil // not worth mending: cheaper made anew, if it was made at all
 	case old == nil || r == nil:
 		k.changed = append(k.changed, key)
 	}
 	return old
 }
 
-// order returns the keys in order. It must not be used after the engine is unlocked.
+// order returns the keys, sorted. The caller has locked the engine, and must not change them.
 func (k *memKind[T]) order() []string {
-	k.index.Lock()
-	defer k.index.Unlock()
+	k.indexMu.Lock()
+	defer k.indexMu.Unlock()
 	if k.sorted == nil {
 		k.sorted = slices.Sorted(maps.Keys(k.rows))
 	}
@@ -275,7 +275,7 @@ func equality[T any]() func(a, b T) bool {
 	return func(a, b T) bool { return reflect.DeepEqual(a, b) }
 }
 
-// isPlain says that values of t hold nothing that DeepEqual looks behind, as it does for pointers.
+// isPlain says that == and DeepEqual agree on values of t: they hold no pointers, interfaces or the like.
 func isPlain(t reflect.Type) bool {
 	switch t.Kind() {
 	case reflect.Array:
