@@ -165,10 +165,10 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 	}()
 	var ev Event[T]      // the first in queue, if it is decoded
 	var ch chan Event[T] // where to send it; nil: it is not
-	sent := false
+	sent := false        // it has gone into ch, and is yet to be counted
 	for {
 		w.mu.Lock()
-		if sent || try(ch, ev) {
+		if sent || try(ch, ev) { // else ch is nil or full: select can send only after the consumer has taken one
 			ended = w.queue[0].Type == EventError
 			w.queue[0], ev = nil, Event[T]{} // hold no longer than needed
 			if w.queue = w.queue[1:]; len(w.queue) == 0 {
@@ -178,7 +178,7 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 		}
 		ended = ended || w.ctx.Err() != nil
 		w.blocked = ch != nil && !ended
-		w.counted.Signal() // what is in queue and ch is undelivered
+		w.counted.Signal() // now queue and ch hold just what is undelivered
 		var next *Event[V]
 		if ch == nil && len(w.queue) > 0 {
 			next = w.queue[0]
@@ -210,17 +210,18 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 // this order: the engine's, mu, then a watch's mu.
 type hub[T, V any] struct {
 	watched atomic.Bool   // whether there are watches
-	wake    chan struct{} // the tail's, from where changes come; nil: they come from the writers
+	wake    chan struct{} // wakes the tail, which publishes; nil: there is none, the writers publish
 
 	mu      sync.Mutex     // held while publishing, so that events stay in order
 	watches []*watch[T, V] // protected by mu
 	ended   bool           // protected by mu; the store closes
 	tailing bool           // protected by mu; the tail runs
-	newest  atomic.Int64   // changed under mu; the revision that the file is known to have come to
+	newest  atomic.Int64   // changed under mu, read without; the revision that the file is known to have come to
 	gone    sync.Cond      // on mu; signaled when a watch or the tail is gone, for Close
 }
 
-// add makes w receive all changes that are not in s, whose first read this is, and starts the tail.
+// add makes w receive all changes that are not in s, and starts the tail. Its read is the first of s, at
+// which SQLite takes the snapshot: mu is locked, so that nothing is published in between.
 func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) error {
 	h := c.hub
 	h.mu.Lock()
@@ -253,9 +254,9 @@ func (h *hub[T, V]) remove(w *watch[T, V]) {
 	try(h.wake, struct{}{})
 }
 
-// publish hands changes to whom they concern. An error says why those after since can't be had: it
-// ends the watches that wait for them, and those that began up to lost. The tail is to go on after
-// next, or to end if that is -1.
+// publish hands changes to the watches that want them. An error says why those after since can't be had:
+// it ends the watches that wait for them and, where an older state was restored, also those that began
+// up to lost, the newest revision before that. The tail is to go on after next, or to end if that is -1.
 func (h *hub[T, V]) publish(since, lost int64, err error, changes ...*Event[V]) (next int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -323,7 +324,7 @@ type watch[T, V any] struct {
 	queue   []*Event[V] // protected by mu; what did not go into ch yet
 	live    int         // protected by mu; changes that were ever queued, without the replay
 	blocked bool        // protected by mu; deliver may have sent what it has not counted
-	counted sync.Cond   // on mu; signaled by deliver alone, each time that it has
+	counted sync.Cond   // on mu; signaled by deliver alone, each time that it has counted
 }
 
 func (w *watch[T, V]) wants(ev *Event[V]) bool {
@@ -334,9 +335,9 @@ func (w *watch[T, V]) wants(ev *Event[V]) bool {
 func (w *watch[T, V]) offer(ev *Event[V]) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	// Of what is undelivered, the live changes are last.
+	// A replay is delivered first: of what is undelivered, at most the last w.live are live changes.
 	full := func() bool { return ev.Type != EventError && min(len(w.queue)+len(w.ch), w.live) >= w.limit }
-	if full() && w.blocked { // the consumer may have taken what deliver, which waits for nobody, has not counted yet
+	if full() && w.blocked { // what deliver has sent may still be in queue, counted twice; it waits for nobody
 		try(w.wake, struct{}{})
 		w.counted.Wait() // once: deliver signals only when it has counted
 	}
