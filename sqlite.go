@@ -50,7 +50,7 @@ const (
 			FROM zestor_log ORDER BY revision DESC LIMIT 1), 0)`
 	nextVersion = `max(CAST(OLD.version AS INTEGER), 1) + 1`
 	noChange    = `NEW.revision <= OLD.revision AND CAST(NEW.value AS BLOB) IS CAST(OLD.value AS BLOB)`
-	// For a write that is the store's own this looks for the kind NULL, and so updates no row.
+	// The version that is due follows. A row that has it, and the revision, is left alone: no kind is NULL.
 	repair = `, revision = last_insert_rowid(), updated_at = strftime('%Y-%m-%dT%H:%M:%fZ','now')
 			WHERE key = NEW.key AND kind = iif(NEW.revision = last_insert_rowid() AND NEW.version = `
 
@@ -84,7 +84,7 @@ const (
 	END;
 	PRAGMA user_version = 1`
 
-	// With OR ROLLBACK, and without functions, SQLite needs not note, in memory, how to undo the UPDATE.
+	// With OR ROLLBACK, and without functions, SQLite need not keep in memory how to undo the UPDATE.
 	// After an ANALYZE of a short table SQLite has to be told which index to use. The last row marks
 	// where the history begins. It is no change, so it can't be replayed.
 	upgradeTable = `
@@ -99,7 +99,7 @@ const (
 )
 
 const (
-	maxCopy      = 16 << 20              // the driver keeps a copy of its arguments; a connection that was given a longer one is closed
+	maxCopy      = 16 << 20              // the driver copies and keeps arguments: after a longer one the connection is closed
 	readers      = 4                     // connections for short reads; more starve the writer on a small machine
 	pollInterval = 14 * time.Millisecond // at which, on average, a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction, and a statement of many rows
@@ -167,12 +167,12 @@ type sqliteEngine struct {
 	turn         chan struct{} // holds a token while somebody writes
 	waiting      chan *request // writes that may share a transaction
 	wake         chan struct{} // holds a token after a commit, for tail
-	gate         sync.RWMutex
+	gate         sync.RWMutex  // without WAL, locked to write and read-locked to read; locked for all in ":memory:"
 
 	mu   sync.Mutex
-	idle []*conn // protected by mu
+	idle []*conn // protected by mu; in ":memory:" the only connection, which is the data
 
-	// For whose turn it is.
+	// Only for whose turn it is.
 	locked time.Time // when the last transaction failed because of a lock; zero: it did not
 	looked time.Time // when the last write asked moved
 	room   int64     // what may go into the WAL before restartWAL looks how long it is
@@ -189,7 +189,7 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if file, err := os.Stat(s.path); err == nil && !file.Mode().IsRegular() {
 		return errors.New("not a regular file") // opening a FIFO might never return
 	} else if err == nil && (file.Size() == 1 || file.Size() == 0 && s.mode == "ro") {
-		return fmt.Errorf("not a database: it has %d bytes", file.Size()) // to SQLite both are empty, and it removes a WAL beside
+		return fmt.Errorf("not a database: it has %d bytes", file.Size()) // SQLite takes both for empty, and removes a WAL beside
 	} else if dir, _ := filepath.Split(s.path); err != nil && dir != "" {
 		if _, err = os.Stat(dir); err != nil {
 			return err // SQLite would make dir/file of dir/file/ and of dir/none/../file
@@ -206,16 +206,16 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if disableWAL || s.mode == "ro" {
 		mode = "PRAGMA journal_mode"
 	}
-	c.busyTimeout = min(c.busyTimeout, time.Second)         // nobody needs the switch
+	c.busyTimeout = min(c.busyTimeout, time.Second)         // a switch is not worth more
 	s.wal = err == nil && as[string](c.exec(mode)) == "wal" // a file in use, or that can't have a WAL, keeps its mode
-	s.mode = strings.TrimSuffix(s.mode, "c")                // the file is there now
+	s.mode = strings.TrimSuffix(s.mode, "c")                // the file is there now, and not to be made again
 	if err != nil {
 		// If c were the last to close, SQLite would take into the file what a crash left in a WAL; a
 		// connection that only reads leaves it.
 		file, _ := filepath.EvalSymlinks(s.path)
 		if wal, err := os.Stat(file + "-wal"); err == nil && wal.Size() > 0 {
 			s.mode = "ro"
-			if last, err := s.connect(); err == nil { // the driver has read the file for it
+			if last, err := s.connect(); err == nil { // it keeps the WAL, since the driver has read the file
 				defer last.Close()
 			}
 		}
@@ -242,7 +242,7 @@ func (s *sqliteEngine) parse(text string) (err error) {
 	err = cmp.Or(err, bad)
 	synchronous, immutable, wait := "FULL", false, uint64(5000)
 	for _, name := range slices.Sorted(maps.Keys(params)) { // so that of two names for one thing the same wins each time
-		value, ok, bad := params[name][len(params[name])-1], true, error(nil)
+		value, ok, bad := params[name][len(params[name])-1], true, error(nil) // of two values the last
 		switch name {
 		case "mode":
 			s.mode, ok = value, value == "ro" || value == "rw" || value == "rwc"
@@ -341,7 +341,7 @@ func (c *conn) upgrade() error {
 type conn struct {
 	driver.Conn
 	engine      *sqliteEngine
-	busyTimeout time.Duration
+	busyTimeout time.Duration // what is left of it
 	args        []driver.NamedValue
 	reading     []driver.Rows // what is not read to its end yet
 	discard     bool          // it must not be lent again
@@ -371,17 +371,17 @@ func (s *sqliteEngine) moved() error {
 
 var errLocked = errors.New("the file stayed locked for longer than BusyTimeout")
 
-// retry repeats what another connection's lock makes fail, SQLITE_BUSY or SQLITE_PROTOCOL; or, where
-// SQLite can only read, what it takes for a crash while another connection rolls back.
+// retry repeats what another connection's lock makes fail, SQLITE_BUSY or SQLITE_PROTOCOL. Where SQLite
+// can only read, it also repeats what fails while another rolls back, which looks like a crash to mend.
 func (c *conn) retry(fn func() error) error {
 	for tries := 0; ; tries++ {
 		start, left := time.Now(), c.busyTimeout
-		err := fn() // may retry too
+		err := fn() // may retry too, and take from busyTimeout itself
 		rollback := readOnly(err) && tries < 3 && left > lockPoll
 		if err == nil || !rollback && err.Error() != "database is locked" && err.Error() != "locking protocol" {
 			return err
 		}
-		time.Sleep(lockPoll / 10) // for what SQLite does not wait at all
+		time.Sleep(lockPoll / 10) // for some locks SQLite does not wait at all
 		if c.busyTimeout = left - time.Since(start); c.busyTimeout <= 0 {
 			return fmt.Errorf("%w: %w", errLocked, err)
 		}
@@ -458,10 +458,10 @@ func (c *conn) transaction(begin string, fn func() error) error {
 	return cmp.Or(c.err, err)
 }
 
-// A damaged or hand-made file may hold other types than the schema says.
+// as returns v, or a zero T: a damaged or hand-made file may hold other types than the schema says.
 func as[T any](v driver.Value) T { t, _ := v.(T); return t }
 
-// borrow lends fn a connection, to write if it is fn's turn.
+// borrow lends fn a connection, and without WAL the gate. Only whose turn it is may write.
 func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	if !s.wal {
 		gate := s.gate.RLocker()
@@ -504,7 +504,7 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	return cmp.Or(c.err, err)
 }
 
-// read needs no slot if it lasts, since others may begin inside.
+// read takes a slot unless it lasts: other reads may begin inside, and would wait for its slot for ever.
 func (s *sqliteEngine) read(lasts bool, fn func(snapshot[[]byte]) error) error {
 	if !lasts {
 		s.slots <- struct{}{}
@@ -553,7 +553,7 @@ func (c *conn) scan(kind string, r Range, whole bool, each func(Entry[[]byte]) b
 	}
 	lo, hi := r.bounds()
 	args := []driver.Value{kind, lo, hi, int64(cmp.Or(r.Limit, -1))}
-	// Without an end it is a blob, which SQLite sorts behind every text.
+	// An empty hi becomes a blob, which SQLite sorts behind every text. The kind is known, so NULL will do.
 	sql := `SELECT NULL, key, ` + columns + ` FROM zestor_kv
 		WHERE kind = ? AND key >= ? AND key < ifnull(nullif(?, ''), x'') ORDER BY ` + order + ` LIMIT ?`
 	if kind == "" {
@@ -608,7 +608,7 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 			return ErrCompacted // but c.err, if that is why, comes first
 		}
 	}
-	return c.engine.moved()
+	return c.engine.moved() // if so, changes go to another file
 }
 
 // orUpdate makes an update of an insert whose key is there.
@@ -624,7 +624,7 @@ func (c *conn) put(kind, key string, value []byte) {
 // putMany puts what is not there already. SQLite compares, in half the time; but it refuses even a
 // write of nothing to a file that it can only read, for which it returns false.
 func (c *conn) putMany(entries []Entry[[]byte]) bool {
-	for len(entries) > 0 && c.err == nil { // not one of an earlier call
+	for len(entries) > 0 && c.err == nil { // so that a c.err below is of this statement
 		revision := c.revision()
 		args, size, n := []driver.Value{entries[0].Kind, now()}, 0, 0
 		for ; n < min(32, len(entries)) && size < groupBytes; n++ { // the connection keeps a statement for each number of rows
@@ -632,6 +632,7 @@ func (c *conn) putMany(entries []Entry[[]byte]) bool {
 			args = append(args, e.Key, e.Value, revision+1+int64(n))
 			size += len(e.Kind) + len(e.Key) + len(e.Value)
 		}
+		// A bare ? has the number after the highest before it: ?3, 4, 5, then 6, 7, 8 ...
 		c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?1, ?3, ?, ?2, ?)`+
 			strings.Repeat(`, (?1, ?, ?, ?2, ?)`, n-1)+orUpdate+` WHERE CAST(value AS BLOB) IS NOT excluded.value`, args...)
 		if readOnly(c.err) {
@@ -697,7 +698,7 @@ func (s *sqliteEngine) group() {
 	}
 	group, done := []*request{<-s.waiting}, false // nobody else receives
 	err := s.transact(group[0].arrived, func(c *conn) error {
-		for i := 0; i < len(group); i++ {
+		for i := 0; i < len(group); i++ { // which grows
 			group[i].err = group[i].fn(c)
 			if len(s.waiting) > 0 && c.err == nil && c.logged <= groupBytes {
 				group = append(group, <-s.waiting)
@@ -729,7 +730,7 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		if c.busyTimeout -= max(0, s.locked.Sub(arrived)); c.busyTimeout < 0 {
 			return errLocked
 		}
-		err := c.transaction("BEGIN IMMEDIATE", func() error { // of a file opened read-only it only reads
+		err := c.transaction("BEGIN IMMEDIATE", func() error { // in a read-only file this begins a read
 			err := fn(c)
 			if err == nil && c.changes > 0 {
 				s.trim(c)
@@ -766,8 +767,8 @@ func (s *sqliteEngine) trim(c *conn) {
 // restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
 // does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
 // so this keeps the store from writing until the last of them has gone. One try waits at a place in
-// the log that later readers keep taken, so it takes several. Other stores write only between them:
-// little, until they have waited for most of a BusyTimeout. If all is in vain, the log may double
+// the log that later readers keep taken, so it takes several. Other stores write only between the
+// tries: little, until these have taken most of a BusyTimeout. If all are in vain, the log may double
 // before the next.
 func (s *sqliteEngine) restartWAL(c *conn) {
 	// A change writes whole pages, of the table and of the log; and twice as much where it splits or joins
@@ -815,7 +816,7 @@ func (c *core[T, V]) tail(since int64) {
 			}
 			return s.history(since, func(ev *Event[V]) bool {
 				changes, since = append(changes, ev), ev.Revision
-				room -= len(as[[]byte](ev.Value)) + groupBytes/256
+				room -= len(as[[]byte](ev.Value)) + groupBytes/256 // for 256 changes at most
 				return room > 0
 			})
 		})
@@ -827,7 +828,7 @@ func (c *core[T, V]) tail(since int64) {
 		} else if since >= 0 {
 			select {
 			case <-c.hub.wake:
-			case <-time.After((wait/2 + rand.N(wait)).Round(time.Millisecond)): // a part of one would be another wake-up
+			case <-time.After((wait/2 + rand.N(wait)).Round(time.Millisecond)): // a fraction would cost a second wake-up
 			}
 			wait = min(wait*5/4, pollInterval)
 		}
@@ -835,7 +836,7 @@ func (c *core[T, V]) tail(since int64) {
 }
 
 func (s *sqliteEngine) close() {
-	for _, c := range s.idle {
+	for _, c := range s.idle { // without mu: no call is under way
 		c.Close() // never fails: what SQLite could not finish it frees later, sqlite.org/c3ref/close.html
 	}
 }
