@@ -502,8 +502,7 @@ func (st *store[T, V]) Scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 			case st.streams && st.change == nil:
 				return st.read(true, func(s snapshot[V]) { s.scan(kind, r, true, each) })
 			}
-			var rows []Entry[V]
-			err := st.read(false, func(s snapshot[V]) { rows = collect(s, kind, r, true) })
+			rows, err := st.collect(kind, r, true)
 			for i := 0; i < len(rows) && each(rows[i]); i++ {
 			}
 			return err
@@ -700,8 +699,7 @@ func (c *core[T, V]) decodeEntry(r Entry[V]) (Entry[T], error) {
 // entries collects a kind, or all if it is "", and decodes when the snapshot has been given back.
 func (st *store[T, V]) entries(at place, kind string, whole bool, use func([]Entry[T])) error {
 	return st.call(&at, func() error {
-		var rows []Entry[V]
-		err := st.read(false, func(s snapshot[V]) { rows = collect(s, kind, Range{}, whole) })
+		rows, err := st.collect(kind, Range{}, whole)
 		entries := make([]Entry[T], len(rows))
 		for i := 0; i < len(rows) && err == nil; i++ {
 			if entries[i], err = st.decodeEntry(rows[i]); err != nil {
@@ -715,12 +713,13 @@ func (st *store[T, V]) entries(at place, kind string, whole bool, use func([]Ent
 	})
 }
 
-func collect[V any](s snapshot[V], kind string, r Range, whole bool) (rows []Entry[V]) {
-	s.scan(kind, r, whole, func(e Entry[V]) bool {
+func (st *store[T, V]) collect(kind string, r Range, whole bool) (rows []Entry[V], err error) {
+	each := func(e Entry[V]) bool {
 		rows = append(rows, e)
 		return true
-	})
-	return rows
+	}
+	err = st.read(false, func(s snapshot[V]) { s.scan(kind, r, whole, each) })
+	return rows, err
 }
 
 // maxSize is how many bytes SQLite takes of a kind, key and value together, with room for the rest
