@@ -99,7 +99,7 @@ const (
 )
 
 const (
-	maxCopy      = 16 << 20              // the driver copies and keeps arguments: after a longer one the connection is closed
+	maxCopy      = 16 << 20              // the driver keeps a copy of arguments: after longer ones a connection is closed
 	readers      = 4                     // connections for short reads; more starve the writer on a small machine
 	pollInterval = 14 * time.Millisecond // at which, on average, a watched store looks for the commits of other processes
 	groupBytes   = 1 << 20               // ends a shared transaction, and a statement of many rows
@@ -340,14 +340,13 @@ func (c *conn) upgrade() error {
 // conn is a connection, and the state of its transaction or snapshot, for one goroutine at a time.
 type conn struct {
 	driver.Conn
-	engine      *sqliteEngine
-	busyTimeout time.Duration // what is left of it
-	args        []driver.NamedValue
-	reading     []driver.Rows // what is not read to its end yet
-	discard     bool          // it must not be lent again
-	err         error         // SQLite's first since the connection was borrowed; nothing is run after it
-
-	changes, logged int64 // in this transaction: rows, and bytes
+	engine          *sqliteEngine
+	busyTimeout     time.Duration // what is left of it
+	args            []driver.NamedValue
+	reading         []driver.Rows // what is not read to its end yet
+	discard         bool          // it must not be lent again
+	err             error         // SQLite's first since the connection was borrowed; nothing is run after it
+	changes, logged int64         // in this transaction: rows, and bytes
 }
 
 func (s *sqliteEngine) connect() (*conn, error) {
@@ -828,7 +827,7 @@ func (c *core[T, V]) tail(since int64) {
 		} else if since >= 0 {
 			select {
 			case <-c.hub.wake:
-			case <-time.After((wait/2 + rand.N(wait)).Round(time.Millisecond)): // a fraction would cost a second wake-up
+			case <-time.After((wait/2 + rand.N(wait)).Round(time.Millisecond)): // a fraction costs a second wake-up
 			}
 			wait = min(wait*5/4, pollInterval)
 		}

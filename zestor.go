@@ -392,7 +392,7 @@ func (st *store[T, V]) call(at *place, fn func() error) error {
 	switch {
 	case st.done.Load():
 		return at.fail(ErrTxDone)
-	case st.tx == nil && !st.open.TryRLock(): // where RLock would wait for Close, and Close for the Scan that this is in
+	case st.tx == nil && !st.open.TryRLock(): // RLock would wait for Close, and Close for the Scan that this is in
 		return at.fail(ErrClosed)
 	case st.tx == nil:
 		defer st.open.RUnlock()
