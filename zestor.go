@@ -438,8 +438,7 @@ func (st *store[T, V]) GetEntry(kind, key string) (Entry[T], bool, error) {
 
 func (st *store[T, V]) entry(op, kind, key string, whole bool) (e Entry[T], ok bool, err error) {
 	err = st.call(&place{op, kind, key}, func() error {
-		var found Entry[V]
-		err := st.read(false, func(s snapshot[V]) { found = s.get(kind, key, whole) })
+		found, err := st.find(kind, key, whole)
 		if ok = found.Key != ""; ok {
 			e, err = st.decodeEntry(found)
 		}
@@ -537,8 +536,7 @@ func (st *store[T, V]) set(at place, value T, want *int64) (result SetResult, re
 		}
 		if st.tx == nil && want == nil && st.repeats.Load() {
 			// This value may be equal too: look, without locking other writers out.
-			var old Entry[V]
-			err := st.read(false, func(s snapshot[V]) { old = s.get(kind, key, false) })
+			old, err := st.find(kind, key, false)
 			if err != nil || st.same(old, value, v) {
 				return err
 			}
@@ -627,8 +625,7 @@ func (st *store[T, V]) SetMany(kind string, values map[string]T) error {
 
 func (st *store[T, V]) Delete(kind, key string) (existed bool, prev T, err error) {
 	err = st.call(&place{"delete", kind, key}, func() error {
-		var old Entry[V]
-		err := st.read(false, func(s snapshot[V]) { old = s.get(kind, key, true) })
+		old, err := st.find(kind, key, true)
 		if old.Key == "" {
 			return err
 		}
@@ -711,6 +708,11 @@ func (st *store[T, V]) entries(at place, kind string, whole bool, use func([]Ent
 		}
 		return err
 	})
+}
+
+func (st *store[T, V]) find(kind, key string, whole bool) (e Entry[V], err error) {
+	err = st.read(false, func(s snapshot[V]) { e = s.get(kind, key, whole) })
+	return e, err
 }
 
 func (st *store[T, V]) collect(kind string, r Range, whole bool) (rows []Entry[V], err error) {
