@@ -298,10 +298,9 @@ func (c *conn) upgrade() error {
 	columns, known, objects := "", 0, 0
 	for v := range c.rows(`SELECT sql || ';' FROM sqlite_schema WHERE name NOT GLOB 'sqlite_*'`) {
 		objects++
-		switch sql := as[string](v[0]); {
-		case sql == createTable:
+		if sql := as[string](v[0]); sql == createTable {
 			columns = tableColumns // most files need no closer look, for which SQLite takes its time
-		case strings.Contains(createLog, sql):
+		} else if strings.Contains(createLog, sql) {
 			known++
 		}
 	}
