@@ -147,7 +147,7 @@ type process struct {
 	out *bufio.Scanner
 }
 
-// start runs a child. It is killed when the test ends.
+// start runs a child. It is killed when the test ends, or when it takes too long.
 func start(t testing.TB, name string, args ...string) *process {
 	t.Helper()
 	cmd := exec.Command(os.Args[0], args...)
@@ -158,7 +158,9 @@ func start(t testing.TB, name string, args ...string) *process {
 	out, err := cmd.StdoutPipe()
 	check(t, err)
 	check(t, cmd.Start())
+	timer := time.AfterFunc(fileDeadline, func() { cmd.Process.Kill() })
 	t.Cleanup(func() {
+		timer.Stop()
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
@@ -665,8 +667,7 @@ func TestWrites(t *testing.T) {
 	}}}
 	rwEach(t, "SetMany of any size skips equal values and numbers the others", func(t *testing.T, s zestor.Store[int]) {
 		rng := rand.New(rand.NewPCG(1, 2))
-		events, err := s.Watch(t.Context(), "k")
-		check(t, err)
+		events := watchOn(t, s, "k")
 		model := make(map[string]zestor.Entry[int])
 		revision := int64(0)
 		for _, size := range []int{1, 2, 31, 32, 33, 63, 64, 65, 100, 1000} {
@@ -804,8 +805,7 @@ func TestOrderOfChecks(t *testing.T) {
 				t.Errorf("option %d: %v", i, err)
 			}
 		}
-		events, err := s.Watch(t.Context(), "k", nil, zestor.WithPrefix("a"), zestor.WithPrefix("b"), nil)
-		check(t, err)
+		events := watchOn(t, s, "k", nil, zestor.WithPrefix("a"), zestor.WithPrefix("b"), nil)
 		check(t, s.SetMany("k", map[string]string{"a": "", "b": ""}))
 		rwEq(t, rwT((<-events).Key), "b")
 	})
@@ -1014,8 +1014,7 @@ func TestTransactions(t *testing.T) {
 		check(t, s.SetMany("l", begin))
 		check(t, s.SetMany("k", map[string]string{"a": "0", "b": "0"}))
 		check(t, s.SetMany("k", begin))
-		events, err := s.Watch(t.Context(), "k")
-		check(t, err)
+		events := watchOn(t, s, "k")
 		before, revision := rwState(s), int64(10)
 		for how, end := range map[any]func() error{
 			"return": func() error { return failed },
@@ -1047,8 +1046,7 @@ func TestTransactions(t *testing.T) {
 	rwEach(t, "the tx reads its own writes, and each change takes its own revision", func(t *testing.T, s zestor.Store[string]) {
 		check(t, s.SetMany("k", begin))
 		check(t, s.SetMany("l", begin))
-		events, err := s.Watch(t.Context(), "k")
-		check(t, err)
+		events := watchOn(t, s, "k")
 		var inside []any
 		rwUpdate(t, s, func(tx zestor.ReadWriter[string]) {
 			rwChange(t, tx)
@@ -1194,14 +1192,9 @@ func TestTransactions(t *testing.T) {
 	})
 	for _, kind := range []string{"sqlite", "sqlite-rollback"} {
 		t.Run("after an error of SQLite Update fails whatever fn returns/"+kind, func(t *testing.T) {
-			path := filepath.Join(t.TempDir(), "x.db")
-			s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: kind == "sqlite-rollback"})
+			s, path := watchFile(t, zestor.SQLiteOptions[string]{DisableWAL: kind == "sqlite-rollback"})
 			check(t, s.SetMany("k", begin))
-			db, err := sql.Open("sqlite3", path)
-			check(t, err)
-			_, err = db.Exec(`CREATE TRIGGER refuse BEFORE INSERT ON zestor_kv WHEN new.key = 'no' BEGIN SELECT RAISE(ABORT, 'refused'); END`)
-			check(t, err)
-			check(t, db.Close())
+			fileSQL(t, path, `CREATE TRIGGER refuse BEFORE INSERT ON zestor_kv WHEN new.key = 'no' BEGIN SELECT RAISE(ABORT, 'refused'); END`)
 			fails := func(err error) {
 				t.Helper()
 				cause := err
@@ -1388,13 +1381,11 @@ func TestCallbacks(t *testing.T) {
 			}
 			return json.Unmarshal(data, v)
 		})})
-		events, err := s.Watch(t.Context(), "k")
-		check(t, err)
+		events := watchOn(t, s, "k")
 		rwEq(t, rwT(s.Set("k", "a", 13)), zestor.SetCreated, nil)
 		<-exited
 		rwEq(t, rwT(s.Set("k", "a", 14)), zestor.SetUpdated, nil)
-		again, err := s.Watch(t.Context(), "k", zestor.WithInitialReplay())
-		check(t, err)
+		again := watchOn(t, s, "k", zestor.WithInitialReplay())
 		rwEq(t, rwT((<-again).Value, (<-again).Type), 14, zestor.EventSynced)
 		check(t, s.Close())
 		for range events { // closes
@@ -1606,8 +1597,7 @@ func TestUndecodable(t *testing.T) {
 		}
 	}
 	t.Run("written by another type", func(t *testing.T) {
-		path := filepath.Join(t.TempDir(), "x.db")
-		texts := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+		texts, path := watchFile(t, zestor.SQLiteOptions[string]{})
 		numbers := openSQLite(t, zestor.SQLiteOptions[int]{DSN: path})
 		rwEq(t, rwT(texts.Set("texts", "a", "text")), zestor.SetCreated, nil)
 		rwEq(t, rwT(numbers.Set("numbers", "a", 1)), zestor.SetCreated, nil)
@@ -1715,8 +1705,7 @@ func TestClose(t *testing.T) {
 	rwEach(t, "every call on a closed store is ErrClosed", func(t *testing.T, s zestor.Store[string]) {
 		check(t, s.SetMany("k", map[string]string{"a": ""}))
 		kept := s.Scan("k", zestor.Range{})
-		watch, err := s.Watch(t.Context(), "k")
-		check(t, err)
+		watch := watchOn(t, s, "k")
 		check(t, s.Close())
 		check(t, s.Close())
 		if ev, ok := <-watch; ok {
@@ -1878,8 +1867,7 @@ func TestConcurrency(t *testing.T) {
 	})
 	t.Run("every caller gets its own result", func(t *testing.T) {
 		each(t, func(t *testing.T, s zestor.Store[string]) {
-			events, err := s.Watch(t.Context(), "k")
-			check(t, err)
+			events := watchOn(t, s, "k")
 			var created, deleted, won atomic.Int32
 			crowd(func(g int) {
 				key := fmt.Sprint("own", g)
@@ -1981,8 +1969,7 @@ func TestHostileInput(t *testing.T) {
 				got = append(got, e.Key)
 			}
 			rwEq(t, rwT(got), want)
-			events, err := s.Watch(t.Context(), "k", zestor.WithPrefix(prefix), zestor.WithInitialReplay())
-			check(t, err)
+			events := watchOn(t, s, "k", zestor.WithPrefix(prefix), zestor.WithInitialReplay())
 			got = []string{}
 			for ev := <-events; ev.Type != zestor.EventSynced; ev = <-events {
 				got = append(got, ev.Key)
@@ -2013,8 +2000,7 @@ func TestHostileInput(t *testing.T) {
 	})
 	rwEachWith(t, "names of a megabyte and values of many", zestor.StoreOptions[string]{}, rwText, func(t *testing.T, s zestor.Store[string]) {
 		big := strings.Repeat("\xff'%\x00", 1<<18)
-		events, err := s.Watch(t.Context(), big, zestor.WithPrefix(big))
-		check(t, err)
+		events := watchOn(t, s, big, zestor.WithPrefix(big))
 		check(t, s.SetMany(big, map[string]string{big + "1": "1", big[1:]: "2"}))
 		ev := <-events
 		rwEq(t, rwT(ev.Key == big+"1", ev.Kind == big, ev.Value), true, true, "1")
@@ -2041,24 +2027,22 @@ type (
 	watchEvent = zestor.Event[string]
 )
 
-const watchDeadline = 30 * time.Second // in a bubble it passes at once
-
-func watchOn(t testing.TB, s watchStore, kind string, opts ...zestor.WatchOption) <-chan watchEvent {
+func watchOn[T any](t testing.TB, s zestor.Store[T], kind string, opts ...zestor.WatchOption) <-chan zestor.Event[T] {
 	t.Helper()
 	ch, err := s.Watch(t.Context(), kind, opts...)
 	check(t, err)
 	return ch
 }
 
-func watchNext(t testing.TB, ch <-chan watchEvent) (watchEvent, bool) {
+// watchNext is the next event of a watch; ok is false at its end.
+func watchNext[T any](t testing.TB, ch <-chan zestor.Event[T]) (ev zestor.Event[T], ok bool) {
 	t.Helper()
 	select {
-	case ev, ok := <-ch:
-		return ev, ok
-	case <-time.After(watchDeadline):
+	case ev, ok = <-ch:
+	case <-time.After(fileDeadline):
 		t.Fatal("no event, and the channel is open")
-		panic("unreachable")
 	}
+	return ev, ok
 }
 
 // watchText is an event as the tests write it: "create a=1 v1 r1", "synced r1".
@@ -2136,8 +2120,7 @@ func watchUntil(t testing.TB, ch <-chan watchEvent, last func(watchEvent) bool) 
 
 func watchSet(t testing.TB, s watchStore, kind, key, value string) {
 	t.Helper()
-	_, err := s.Set(kind, key, value)
-	check(t, err)
+	check(t, rwErr(s.Set(kind, key, value)))
 }
 
 func watchRevision(t testing.TB, s watchStore) int64 {
@@ -2174,7 +2157,7 @@ func watchAll(t testing.TB, n int, f func(i int) error) {
 		select {
 		case err := <-errs:
 			check(t, err)
-		case <-time.After(2 * watchDeadline):
+		case <-time.After(fileDeadline):
 			t.Fatal("stuck")
 		}
 	}
@@ -2723,7 +2706,7 @@ func watchStorm(t *testing.T, s watchStore, n int, write func(i int) error, mean
 					return err
 				}
 				mu.Lock()
-				enough = seen > 0 || time.Since(start) > watchDeadline
+				enough = seen > 0 || time.Since(start) > fileDeadline
 				mu.Unlock()
 			}
 		case i < n+4:
@@ -2777,7 +2760,7 @@ func TestWatchBeginsWhileOthersWatch(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), watchDeadline)
+			ctx, cancel := context.WithTimeout(t.Context(), fileDeadline)
 			defer cancel()
 			ch, err := s.Watch(ctx, "k", zestor.WithSince(since))
 			if err != nil {
@@ -2893,16 +2876,14 @@ func (watchContext) Done() <-chan struct{} { return make(chan struct{}) }
 func TestWatchRefusedLeavesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := open(t, "memory", zestor.StoreOptions[int]{})
-		_, err := s.Watch(watchContext{t.Context()}, "k", zestor.WithSince(9))
-		rwIs(t, err, zestor.ErrCompacted)
+		rwIs(t, rwErr(s.Watch(watchContext{t.Context()}, "k", zestor.WithSince(9))), zestor.ErrCompacted)
 	})
 }
 
 // Behind a consumer that is stuck, a watch that has overflowed holds nothing more.
 func TestWatchOverflowedTakesNoMore(t *testing.T) {
 	s := open(t, "memory", zestor.StoreOptions[int]{})
-	events, err := s.Watch(t.Context(), "k", zestor.WithBufferSize(1))
-	check(t, err)
+	events := watchOn(t, s, "k", zestor.WithBufferSize(1))
 	n := 0
 	sets := func(until int) {
 		for ; n < until; n++ {
@@ -2984,11 +2965,9 @@ func TestWatchUndecodable(t *testing.T) {
 		})
 	}
 	t.Run("half decoded is zero", func(t *testing.T) {
-		path := filepath.Join(t.TempDir(), "test.db")
-		s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: path})
+		s, path := watchFile(t, zestor.SQLiteOptions[user]{})
 		raw := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, Codec: watchRaw})
-		ch, err := s.Watch(t.Context(), "k")
-		check(t, err)
+		ch := watchOn(t, s, "k")
 		watchSet(t, raw, "k", "a", `{"Name":"half","Age":"x"}`)
 		select {
 		case ev := <-ch:
@@ -2996,7 +2975,7 @@ func TestWatchUndecodable(t *testing.T) {
 			if ev.Value != (user{}) || !errors.As(ev.Err, &wrong) || !strings.HasPrefix(ev.Err.Error(), "zestor: watch k/a: ") {
 				t.Fatalf("%+v", ev)
 			}
-		case <-time.After(watchDeadline):
+		case <-time.After(fileDeadline):
 			t.Fatal("no event")
 		}
 	})
@@ -3048,12 +3027,10 @@ func TestCloseInBubble(t *testing.T) {
 // What was delivered is the consumer's alone.
 func TestWatchKeepsNothing(t *testing.T) {
 	eachBubble(t, func(t *testing.T, s zestor.Store[*user]) {
-		events, err := s.Watch(t.Context(), "k")
-		check(t, err)
+		events := watchOn(t, s, "k")
 		fileOK(t)(s.Set("k", "a", &user{Age: 1}))
 		value := weak.Make((<-events).Value)
-		_, _, err = s.Delete("k", "a")
-		check(t, err)
+		check(t, rwErr(s.Delete("k", "a")))
 		<-events
 		synctest.Wait()
 		runtime.GC()
@@ -3100,22 +3077,15 @@ var _ = child("watchPing", func(args []string) {
 	var key string
 	for n, _ := fmt.Scanln(&key); n == 1; n, _ = fmt.Scanln(&key) {
 		time.Sleep(time.Duration(rand.IntN(30)) * time.Millisecond) // in no step with the polls
-		_, err := s.Set("k", key, "")
-		must(err)
+		must(rwErr(s.Set("k", key, "")))
 		fmt.Println(time.Now().UnixNano())
 	}
 })
 
-// watchChild starts a child that is killed when it takes too long.
-func watchChild(t testing.TB, name string, args ...string) *process {
-	p := start(t, name, args...)
-	timer := time.AfterFunc(2*watchDeadline, func() { p.Process.Kill() })
-	t.Cleanup(func() { timer.Stop() })
-	return p
-}
-
-func watchFile(t testing.TB, o zestor.SQLiteOptions[string]) (watchStore, string) {
-	o.DSN = filepath.Join(t.TempDir(), "test.db")
+// watchFile makes a store in a file, and says where.
+func watchFile[T any](t testing.TB, o zestor.SQLiteOptions[T]) (s zestor.Store[T], path string) {
+	t.Helper()
+	o.DSN = filepath.Join(t.TempDir(), "a.db")
 	return openSQLite(t, o), o.DSN
 }
 
@@ -3125,7 +3095,7 @@ func watchProcess(t testing.TB, path string, rounds int) func(i int) error {
 		rounds *= 20
 	}
 	return func(i int) error {
-		p := watchChild(t, "watchWriter", path, strconv.Itoa(i), "3", strconv.Itoa(rounds))
+		p := start(t, "watchWriter", path, strconv.Itoa(i), "3", strconv.Itoa(rounds))
 		if p.out.Scan(); p.out.Text() != "done" {
 			return fmt.Errorf("writer %d failed", i)
 		}
@@ -3162,7 +3132,7 @@ func TestWatchKilledAndResumed(t *testing.T) {
 	}()
 	last, lines := "0", []string{}
 	for range 5 {
-		p := watchChild(t, "watchFollower", path, last)
+		p := start(t, "watchFollower", path, last)
 		for n := 5 + rand.IntN(20); p.out.Scan(); n-- { // also what it printed before it died
 			revision, text, _ := strings.Cut(p.out.Text(), " ")
 			if last = revision; !strings.HasPrefix(text, "synced ") {
@@ -3195,7 +3165,7 @@ func watchHasShell(t testing.TB) {
 // watchShell runs the sqlite3 shell.
 func watchShell(t testing.TB, path, sql string) (string, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), watchDeadline)
+	ctx, cancel := context.WithTimeout(t.Context(), fileDeadline)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, "sqlite3", "-batch", "-bail", "-cmd", ".timeout 20000", path, sql).CombinedOutput()
 	return string(out), err
@@ -3285,8 +3255,7 @@ func TestWatchOtherHands(t *testing.T) {
 				t.Fatalf("WithSince of a deleted revision: %v", err)
 			}
 			s2 := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
-			_, err := watchShell(t, path, `DELETE FROM zestor_kv; DELETE FROM zestor_log`)
-			check(t, err)
+			check(t, rwErr(watchShell(t, path, `DELETE FROM zestor_kv; DELETE FROM zestor_log`)))
 			if r := watchRevision(t, s2); r != 27 {
 				t.Fatalf("revision %d after all was deleted, want 27", r)
 			}
@@ -3295,8 +3264,7 @@ func TestWatchOtherHands(t *testing.T) {
 
 			// What a watch has yet to read, and is not there any more.
 			live = watchOn(t, s, "k")
-			_, err = watchShell(t, path, `BEGIN; UPDATE zestor_kv SET value = '"2"'; UPDATE zestor_kv SET value = '"3"'; DELETE FROM zestor_log; COMMIT`)
-			check(t, err)
+			check(t, rwErr(watchShell(t, path, `BEGIN; UPDATE zestor_kv SET value = '"2"'; UPDATE zestor_kv SET value = '"3"'; DELETE FROM zestor_log; COMMIT`)))
 			watchWant(t, live, "error r28 compacted", "closed")
 		})
 	}
@@ -3394,8 +3362,7 @@ func watchBackup(t testing.TB, path string) (restore func()) {
 	watchHasShell(t)
 	shell := func(command string) {
 		t.Helper()
-		_, err := watchShell(t, path, command)
-		check(t, err)
+		check(t, rwErr(watchShell(t, path, command)))
 	}
 	backup := filepath.Join(t.TempDir(), "backup.db")
 	shell(".backup " + backup)
@@ -3437,8 +3404,7 @@ func TestWatchRestoredJustNow(t *testing.T) {
 			}
 			time.Sleep(25 * time.Millisecond)
 			ctx, cancel := context.WithCancel(t.Context())
-			_, err = s.Watch(ctx, "k")
-			check(t, err)
+			check(t, rwErr(s.Watch(ctx, "k")))
 			synctest.Wait()
 			cancel()
 			watchNoGoroutine(t, ").tail(") // older waits only for its consumer
@@ -3493,7 +3459,7 @@ func TestFileDumped(t *testing.T) {
 	dump, err := watchShell(t, path, ".dump")
 	check(t, err)
 	copied := filepath.Join(t.TempDir(), "b.db")
-	check(t, fileSQL(copied, dump))
+	fileSQL(t, copied, dump)
 	b := openSQLite(t, zestor.SQLiteOptions[string]{DSN: copied})
 	fileEqual(t, "state", fmt.Sprint(rwState[string](b)...), fmt.Sprint(rwState[string](s)...))
 	fileEqual(t, "version", fileQuery(t, copied, `PRAGMA user_version`), "1")
@@ -3508,8 +3474,7 @@ func TestFileDumped(t *testing.T) {
 // watchLog looks into the log by other means.
 func watchLog(t testing.TB, path string) (rows, size, oldest, newest int64) {
 	t.Helper()
-	db, err := sql.Open("sqlite3", path)
-	check(t, err)
+	db := fileDB(t, path)
 	defer db.Close()
 	check(t, db.QueryRow(`SELECT count(*), ifnull(sum(length(CAST(kind AS BLOB)) + length(CAST(key AS BLOB)) + length(value)), 0),
 		ifnull(min(revision), 0), ifnull(max(revision), 0) FROM zestor_log`).Scan(&rows, &size, &oldest, &newest))
@@ -3650,8 +3615,7 @@ func TestWatchHistoryBytes(t *testing.T) {
 		keys, err := s.Keys("k")
 		check(t, err)
 		for i, key := range keys[:500] {
-			_, _, err := s.Delete("k", key)
-			check(t, err)
+			check(t, rwErr(s.Delete("k", key)))
 			if i%50 == 0 {
 				fits(t, s, path, limit/4)
 			}
@@ -3687,7 +3651,7 @@ func TestWatchHistoryOfLargeValuesIsCutInSteps(t *testing.T) {
 	s, path := watchFile(t, zestor.SQLiteOptions[string]{HistoryBytes: limit})
 	watchSet(t, s, "k", "a", "")
 	large := fmt.Sprintf("UPDATE zestor_kv SET value = randomblob(%d);", size)
-	check(t, fileSQL(path, strings.Repeat(large, 8)))
+	fileSQL(t, path, strings.Repeat(large, 8))
 	_, before, _, _ := watchLog(t, path)
 	for i := 0; before > limit; i++ {
 		watchSet(t, s, "k", "b", fmt.Sprint(i))
@@ -3711,7 +3675,7 @@ func TestWatchHistoryKeepsPaceWithOthers(t *testing.T) {
 	s, path := watchFile(t, zestor.SQLiteOptions[string]{HistoryBytes: limit})
 	watchSet(t, s, "k", "a", "")
 	for i := range 50 {
-		check(t, fileSQL(path, `UPDATE zestor_kv SET value = randomblob(400000); UPDATE zestor_kv SET value = randomblob(400000)`))
+		fileSQL(t, path, `UPDATE zestor_kv SET value = randomblob(400000); UPDATE zestor_kv SET value = randomblob(400000)`)
 		watchSet(t, s, "k", "a", fmt.Sprint(i))
 		if _, size, _, _ := watchLog(t, path); size > limit {
 			t.Fatalf("the log has %d bytes", size)
@@ -3724,7 +3688,7 @@ func TestWatchHistoryKeepsPaceWithOthers(t *testing.T) {
 func watchLatency(t testing.TB, n int) time.Duration {
 	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
 	ch := watchOn(t, s, "k")
-	p := watchChild(t, "watchPing", path)
+	p := start(t, "watchPing", path)
 	var all []time.Duration
 	for i := range n {
 		fmt.Fprintf(p.in, "%d\n", i)
@@ -3753,14 +3717,12 @@ func TestWatchLatency(t *testing.T) {
 func TestWatchAfterAnalyze(t *testing.T) {
 	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
 	watchFill(t, s, "k", 1)
-	fileStatements(t, path, "ANALYZE")
+	fileSQL(t, path, "ANALYZE")
 	check(t, s.Close())
 	s = openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"}) // time is measured
 	watchFill(t, s, "k", 100_000)
 	ch := watchOn(t, s, "k")
-	db, err := sql.Open("sqlite3", path)
-	check(t, err)
-	defer db.Close()
+	db := fileDB(t, path)
 	var delivering, reading time.Duration
 	for i := range 20 {
 		changes := map[string]string{}
@@ -3796,7 +3758,7 @@ func BenchmarkWatchLatency(b *testing.B) {
 func BenchmarkWatchIdle(b *testing.B) {
 	s, path := watchFile(b, zestor.SQLiteOptions[string]{})
 	watchFill(b, s, "k", 1)
-	fileStatements(b, path, "ANALYZE") // SQLite goes on thinking that the log is this short
+	fileSQL(b, path, "ANALYZE") // SQLite goes on thinking that the log is this short
 	values := make(map[string]string)
 	for i := range 20_000 {
 		values[fmt.Sprint(i)] = "v"
@@ -3818,7 +3780,7 @@ func BenchmarkWatchIdle(b *testing.B) {
 
 // The SQLite file: its schema, DSNs, files that are refused, and old ones.
 
-// fileDeadline is when what should have happened has not.
+// fileDeadline is when what should have happened has not. In a bubble it passes at once.
 const fileDeadline = 60 * time.Second
 
 // fileMore is a size of a test: short, or wanted when there is time.
@@ -3860,26 +3822,6 @@ func fileSoon(t testing.TB, fn func() error) {
 	}
 }
 
-// fileNext is the next event of a watch; ok is false at its end.
-func fileNext[T any](t testing.TB, events <-chan zestor.Event[T]) (ev zestor.Event[T], ok bool) {
-	t.Helper()
-	select {
-	case ev, ok = <-events:
-	case <-time.After(fileDeadline):
-		t.Fatal("no event")
-	}
-	return ev, ok
-}
-
-// fileStart starts a child that must not live longer than fileDeadline.
-func fileStart(t testing.TB, name string, args ...string) *process {
-	t.Helper()
-	p := start(t, name, args...)
-	timer := time.AfterFunc(fileDeadline, func() { p.Process.Kill() })
-	t.Cleanup(func() { timer.Stop() })
-	return p
-}
-
 // fileKill kills a child as a crash would.
 func fileKill(p *process) {
 	p.Process.Kill()
@@ -3895,27 +3837,32 @@ func fileURI(path, params string) string {
 	return "file:" + (&url.URL{Path: path}).EscapedPath() + "?" + params
 }
 
-// fileSQL runs statements on one connection of its own, by other hands.
-func fileSQL(path string, statements ...string) error {
+// fileDB is one connection of other hands to a file, which ends with the test.
+func fileDB(t testing.TB, path string) *sql.DB {
+	t.Helper()
 	db, err := sql.Open("sqlite3", fileURI(path, "_busy_timeout=20000"))
-	if err != nil {
-		return err
-	}
-	defer db.Close()
+	check(t, err)
+	t.Cleanup(func() { check(t, db.Close()) })
 	db.SetMaxOpenConns(1)
+	return db
+}
+
+// fileSQL runs statements on one connection of its own.
+func fileSQL(t testing.TB, path string, statements ...string) {
+	t.Helper()
+	db := fileDB(t, path)
+	defer db.Close()
 	for _, s := range statements {
 		if _, err := db.Exec(s); err != nil {
-			return fmt.Errorf("%s: %w", s, err)
+			t.Fatalf("%s: %v", s, err)
 		}
 	}
-	return nil
 }
 
 // fileQuery is the result of a query as text: a line for each row.
 func fileQuery(t testing.TB, path, query string) string {
 	t.Helper()
-	db, err := sql.Open("sqlite3", fileURI(path, "_busy_timeout=20000"))
-	check(t, err)
+	db := fileDB(t, path)
 	defer db.Close()
 	rows, err := db.Query(query)
 	check(t, err)
@@ -4006,8 +3953,7 @@ func fileMake(t testing.TB, path string, n int) {
 }
 
 func TestFileSchema(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
-	s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: path})
+	s, path := watchFile(t, zestor.SQLiteOptions[user]{})
 	s.Set("k", "a", user{Name: "Ann"})
 	s.Set("k", "a", user{Name: "Bob"})
 	fileEqual(t, "primary key", fileQuery(t, path, `SELECT group_concat(name || ' ' || type) FROM
@@ -4024,7 +3970,7 @@ func TestFileSchema(t *testing.T) {
 	// schema, if only a space of it, has to count its version up and to upgrade them.
 	text := fileQuery(t, path, `SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY name`)
 	fileEqual(t, "hash of the schema", fmt.Sprintf("%x", sha256.Sum256([]byte(text)))[:16], "21ffed0340e75500")
-	check(t, fileSQL(path, `INSERT INTO zestor_kv (kind, key, value) VALUES ('k', 'b', '{}')`))
+	fileSQL(t, path, `INSERT INTO zestor_kv (kind, key, value) VALUES ('k', 'b', '{}')`)
 	for _, key := range []string{"a", "b"} { // by the store and by other hands
 		at := fileQuery(t, path, `SELECT updated_at || '' FROM zestor_kv WHERE key = '`+key+`'`)
 		if !regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$`).MatchString(at) {
@@ -4059,8 +4005,7 @@ func TestFileDSN(t *testing.T) {
 			t.Chdir(dir)
 			dsn := strings.Replace(c.dsn, "DIR", dir, 1)
 			for range 2 { // made, and opened again
-				s, err := fileOpen(dsn)
-				check(t, err)
+				s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: dsn})
 				fileOK(t)(s.Set("k", "a", user{Age: 1}))
 				_, ok, err := s.Get("k", "a")
 				check(t, err)
@@ -4134,8 +4079,7 @@ func TestFileDSN(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "fifo")
 		check(t, syscall.Mkfifo(path, 0o600))
 		for _, params := range []string{"", "mode=ro"} {
-			_, err := fileOpen(fileURI(path, params))
-			check(t, fileBad(err, path, "not a regular file"))
+			check(t, fileBad(rwErr(fileOpen(fileURI(path, params))), path, "not a regular file"))
 		}
 	})
 	t.Run("parameters have an order", func(t *testing.T) { // so that of two names for one thing the same wins
@@ -4210,8 +4154,7 @@ var _ = child("file syncs", func(args []string) {
 	sets := func(n int) func() {
 		return func() {
 			for i := range n {
-				_, err := s.Set("k", "a", user{Age: i + 1})
-				must(err)
+				must(rwErr(s.Set("k", "a", user{Age: i + 1})))
 			}
 		}
 	}
@@ -4292,7 +4235,7 @@ func TestFileDurability(t *testing.T) {
 			t.Setenv("SYNCS_FAIL", filepath.Join(dir, "fail"))
 			check(t, os.WriteFile(os.Getenv("SYNCS"), nil, 0o600))
 			t.Setenv("LD_PRELOAD", lib)
-			p := fileStart(t, "file syncs", fileURI(filepath.Join(dir, fmt.Sprint(i, ".db")), c.params), c.rollback)
+			p := start(t, "file syncs", fileURI(filepath.Join(dir, fmt.Sprint(i, ".db")), c.params), c.rollback)
 			refused := p.line(t)
 			if c.durable && !strings.HasPrefix(refused, "2 2 zestor: set k/a: ") {
 				t.Fatalf("a Set whose fsync fails, as all do: values and error %s", refused)
@@ -4326,8 +4269,7 @@ func TestFileReadOnly(t *testing.T) {
 			path := filepath.Join(dir, "a.db")
 			fileMake(t, path, 100)
 			before := fileTree(t, dir)
-			s, err := fileOpen(fileURI(path, params))
-			check(t, err)
+			s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: fileURI(path, params)})
 			defer s.Close()
 			n := 0
 			for e, err := range s.Scan("k", zestor.Range{}) {
@@ -4340,11 +4282,10 @@ func TestFileReadOnly(t *testing.T) {
 			fileEqual(t, "scanned", n, 100)
 			fileGet(t, 100)(s.Revision())
 			for _, o := range []zestor.WatchOption{zestor.WithInitialReplay(), zestor.WithSince(40)} {
-				events, err := s.Watch(t.Context(), "k", o)
-				check(t, err)
-				ev, _ := fileNext(t, events)
+				events := watchOn(t, s, "k", o)
+				ev, _ := watchNext(t, events)
 				for n = 0; ev.Type == zestor.EventCreate; n++ {
-					ev, _ = fileNext(t, events)
+					ev, _ = watchNext(t, events)
 				}
 				fileEqual(t, "end of replay", fmt.Sprint(ev.Type, ev.Revision, ev.Err), fmt.Sprint(zestor.EventSynced, 100, nil))
 				if n != 100 && n != 60 {
@@ -4358,12 +4299,9 @@ func TestFileReadOnly(t *testing.T) {
 			existed, _, err := s.Delete("k", "none")
 			check(t, err)
 			fileEqual(t, "existed", existed, false)
-			_, err = s.Set("k", "0001", user{})
-			check(t, fileBad(err, "set k/0001: "))
-			_, err = s.Set("k", "new", user{})
-			check(t, fileBad(err, "set k/new: "))
-			_, _, err = s.Delete("k", "0001")
-			check(t, fileBad(err, "delete k/0001: "))
+			check(t, fileBad(rwErr(s.Set("k", "0001", user{})), "set k/0001: "))
+			check(t, fileBad(rwErr(s.Set("k", "new", user{})), "set k/new: "))
+			check(t, fileBad(rwErr(s.Delete("k", "0001")), "delete k/0001: "))
 			check(t, fileBad(s.SetMany("k", map[string]user{"new": {}}), "setmany k"))
 			check(t, fileBad(s.Update(func(tx zestor.ReadWriter[user]) error {
 				tx.Set("k", "new", user{}) // its error can't be ignored
@@ -4371,11 +4309,10 @@ func TestFileReadOnly(t *testing.T) {
 			}), "update"))
 			fileGet(t, 100)(s.Count("k"))
 			if params == "mode=ro" { // sees what others write
-				events, err := s.Watch(t.Context(), "k")
-				check(t, err)
+				events := watchOn(t, s, "k")
 				other := openSQLite(t, zestor.SQLiteOptions[user]{DSN: path})
 				fileOK(t)(other.Set("k", "live", user{Age: 7}))
-				ev, _ := fileNext(t, events)
+				ev, _ := watchNext(t, events)
 				fileEqual(t, "live", ev, zestor.Event[user]{Type: zestor.EventCreate, Kind: "k", Key: "live",
 					Value: user{Age: 7}, Version: 1, Revision: 101})
 				check(t, s.Update(func(tx zestor.ReadWriter[user]) error { // its snapshot is from its start
@@ -4392,23 +4329,20 @@ func TestFileReadOnly(t *testing.T) {
 	t.Run("mode=ro writes nothing", func(t *testing.T) {
 		dir := t.TempDir()
 		path := filepath.Join(dir, "a.db")
-		p := fileStart(t, "file writes", path, "10") // leaves a WAL
+		p := start(t, "file writes", path, "10") // leaves a WAL
 		fileEqual(t, "acknowledged", p.line(t), "10")
 		fileKill(p)
 		before := fileTree(t, dir)
 		fileEqual(t, "WAL left", len(before["a.db-wal"]) > 0, true)
-		s, err := fileOpen(fileURI(path, "mode=ro"))
-		check(t, err)
+		s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: fileURI(path, "mode=ro")})
 		fileGet(t, 10)(s.Count("k"))
-		_, err = s.Set("k", "new", user{})
-		check(t, fileBad(err, "set k/new: "))
+		check(t, fileBad(rwErr(s.Set("k", "new", user{})), "set k/new: "))
 		check(t, s.Close())
 		fileSame(t, dir, before)
 
 		check(t, os.Truncate(path, 0))
 		before = fileTree(t, dir)
-		_, err = fileOpen(fileURI(path, "mode=ro"))
-		check(t, fileBad(err, path))
+		check(t, fileBad(rwErr(fileOpen(fileURI(path, "mode=ro"))), path))
 		fileSame(t, dir, before)
 	})
 }
@@ -4420,8 +4354,7 @@ var _ = child("file writes", func(args []string) {
 	n, err := strconv.Atoi(args[1])
 	must(err)
 	for i := range n {
-		_, err := s.Set("k", fmt.Sprintf("%04d", i), user{Age: i})
-		must(err)
+		must(rwErr(s.Set("k", fmt.Sprintf("%04d", i), user{Age: i})))
 	}
 	fmt.Println(n)
 	select {}
@@ -4433,8 +4366,7 @@ var _ = child("file sql", func(args []string) {
 	must(err)
 	db.SetMaxOpenConns(1)
 	for _, s := range args[1:] {
-		_, err := db.Exec(s)
-		must(err)
+		must(rwErr(db.Exec(s)))
 	}
 	fmt.Println("done")
 	select {}
@@ -4453,11 +4385,11 @@ func TestFileRefused(t *testing.T) {
 		}
 	}
 	run := func(statements ...string) func(t *testing.T, path string) {
-		return func(t *testing.T, path string) { check(t, fileSQL(path, statements...)) }
+		return func(t *testing.T, path string) { fileSQL(t, path, statements...) }
 	}
 	crash := func(statements ...string) func(t *testing.T, path string) {
 		return func(t *testing.T, path string) {
-			p := fileStart(t, "file sql", append([]string{path}, statements...)...)
+			p := start(t, "file sql", append([]string{path}, statements...)...)
 			p.line(t)
 			fileKill(p)
 		}
@@ -4486,7 +4418,7 @@ func TestFileRefused(t *testing.T) {
 		{"foreign after a crash", "zestor_kv", crash(`PRAGMA journal_mode = WAL`, `CREATE TABLE t (x)`, `INSERT INTO t VALUES (1)`)},
 		{"newer", "newer", func(t *testing.T, path string) {
 			fileMake(t, path, 10)
-			check(t, fileSQL(path, `PRAGMA user_version = 1000`))
+			fileSQL(t, path, `PRAGMA user_version = 1000`)
 		}},
 		{"newer after a crash", "newer", func(t *testing.T, path string) {
 			fileMake(t, path, 10)
@@ -4524,15 +4456,14 @@ func TestFileBecomesStore(t *testing.T) {
 	for name, before := range map[string]func(t *testing.T, path string){
 		"absent":         func(t *testing.T, path string) {},
 		"no bytes":       func(t *testing.T, path string) { check(t, os.WriteFile(path, nil, 0o600)) },
-		"no tables":      func(t *testing.T, path string) { check(t, fileSQL(path, `VACUUM`)) },
-		"no tables, WAL": func(t *testing.T, path string) { check(t, fileSQL(path, `PRAGMA journal_mode = WAL`)) },
+		"no tables":      func(t *testing.T, path string) { fileSQL(t, path, `VACUUM`) },
+		"no tables, WAL": func(t *testing.T, path string) { fileSQL(t, path, `PRAGMA journal_mode = WAL`) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "a.db")
 			before(t, path)
 			for i := range 3 {
-				s, err := fileOpen(path)
-				check(t, err)
+				s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: path})
 				fileGet(t, int64(i))(s.Revision())
 				fileOK(t)(s.Set("k", "a", user{Age: i}))
 				check(t, s.Close())
@@ -4554,7 +4485,7 @@ func TestFileJournalMode(t *testing.T) {
 		if c.before == "new" {
 			check(t, os.Remove(path))
 		} else {
-			check(t, fileSQL(path, c.before))
+			fileSQL(t, path, c.before)
 		}
 		s, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[user]{DSN: path, DisableWAL: c.disable})
 		check(t, err)
@@ -4567,12 +4498,10 @@ func TestFileJournalMode(t *testing.T) {
 func TestFileOfTwoTypes(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
 	users, numbers := openSQLite(t, zestor.SQLiteOptions[user]{DSN: path}), openSQLite(t, zestor.SQLiteOptions[int]{DSN: path})
-	events, err := numbers.Watch(t.Context(), "numbers")
-	check(t, err)
+	events := watchOn(t, numbers, "numbers")
 	fileOK(t)(users.Set("users", "ann", user{Age: 1}))
-	_, err = numbers.Set("numbers", "one", 1)
-	check(t, err)
-	ev, _ := fileNext(t, events)
+	check(t, rwErr(numbers.Set("numbers", "one", 1)))
+	ev, _ := watchNext(t, events)
 	fileEqual(t, "event", ev, zestor.Event[int]{Type: zestor.EventCreate, Kind: "numbers", Key: "one", Value: 1, Version: 1, Revision: 2})
 	ann, ok, err := users.Get("users", "ann")
 	check(t, err)
@@ -4585,9 +4514,9 @@ func TestFileOfTwoTypes(t *testing.T) {
 // fileOldest makes a file of the multi-package Zestor with n rows.
 func fileOldest(t testing.TB, path, mode string, n int) {
 	t.Helper()
-	check(t, fileSQL(path, `PRAGMA journal_mode = `+mode, fileOld, fmt.Sprintf(`WITH RECURSIVE c(i) AS (SELECT 0 UNION ALL SELECT i+1 FROM c WHERE i+1 < %d)
+	fileSQL(t, path, `PRAGMA journal_mode = `+mode, fileOld, fmt.Sprintf(`WITH RECURSIVE c(i) AS (SELECT 0 UNION ALL SELECT i+1 FROM c WHERE i+1 < %d)
 		INSERT INTO zestor_kv SELECT substr('Zaé', i%%3+1, 1), printf('key %%04d', i), '{"Age":'||i||'}', i+1,
-			strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', 1e9+i, 'unixepoch') FROM c`, n)))
+			strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', 1e9+i, 'unixepoch') FROM c`, n))
 }
 
 // fileUpgraded says whether a file of fileOldest has become what it should.
@@ -4654,8 +4583,7 @@ func TestFileUpgrade(t *testing.T) {
 			path := filepath.Join(dir, "a.db")
 			fileOldest(t, path, mode, 100)
 			before := fileTree(t, dir)
-			_, err := fileOpen(fileURI(path, "mode=ro"))
-			check(t, fileBad(err, path, "upgrade"))
+			check(t, fileBad(rwErr(fileOpen(fileURI(path, "mode=ro"))), path, "upgrade"))
 			fileSame(t, dir, before)
 			check(t, fileUpgraded(path, 100))
 			check(t, fileUpgraded(path, 100)) // once is enough
@@ -4667,44 +4595,41 @@ func TestFileUpgrade(t *testing.T) {
 					t.Fatalf("since %d: %v", since, err)
 				}
 			}
-			events, err := s.Watch(t.Context(), "a", zestor.WithSince(100))
-			check(t, err)
-			ev, _ := fileNext(t, events)
+			events := watchOn(t, s, "a", zestor.WithSince(100))
+			ev, _ := watchNext(t, events)
 			fileEqual(t, "synced", fmt.Sprint(ev.Type, ev.Revision), "synced100")
 			fileOK(t)(s.Set("a", "key 0001", user{Age: -1}))
-			check(t, fileSQL(path, `DELETE FROM zestor_kv WHERE key = 'key 0004'`))
-			ev, _ = fileNext(t, events)
+			fileSQL(t, path, `DELETE FROM zestor_kv WHERE key = 'key 0004'`)
+			ev, _ = watchNext(t, events)
 			fileEqual(t, "update", ev, zestor.Event[user]{Type: zestor.EventUpdate, Kind: "a", Key: "key 0001",
 				Value: user{Age: -1}, Version: 3, Revision: 101})
-			ev, _ = fileNext(t, events)
+			ev, _ = watchNext(t, events)
 			fileEqual(t, "delete", ev, zestor.Event[user]{Type: zestor.EventDelete, Kind: "a", Key: "key 0004",
 				Value: user{Age: 4}, Version: 5, Revision: 102})
 		})
 		t.Run("no rows "+mode, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "a.db")
 			fileOldest(t, path, mode, 1)
-			check(t, fileSQL(path, `DELETE FROM zestor_kv`))
+			fileSQL(t, path, `DELETE FROM zestor_kv`)
 			check(t, fileUpgraded(path, 0))
 			s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: path})
 			fileOK(t)(s.Watch(t.Context(), "a", zestor.WithSince(0)))
 		})
 		t.Run("odd rows "+mode, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "a.db")
-			check(t, fileSQL(path, `PRAGMA journal_mode = `+mode, fileOld, `INSERT INTO zestor_kv (kind, key, value) VALUES ('', 'a', '1'), (x'6b', 'a', '1')`,
-				`INSERT INTO zestor_kv (kind, key, value, version) VALUES ('k', 'a', '1', 9223372036854775807)`))
+			fileSQL(t, path, `PRAGMA journal_mode = `+mode, fileOld, `INSERT INTO zestor_kv (kind, key, value) VALUES ('', 'a', '1'), (x'6b', 'a', '1')`,
+				`INSERT INTO zestor_kv (kind, key, value, version) VALUES ('k', 'a', '1', 9223372036854775807)`)
 			s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: path})
 			before, _, err := s.GetEntry("k", "a")
 			check(t, err)
-			events, err := s.Watch(t.Context(), "k")
-			check(t, err)
+			events := watchOn(t, s, "k")
 			fileEqual(t, "result", fmt.Sprint(rwT(s.Set("k", "a", 2))...), fmt.Sprint(rwT(zestor.SetUpdated, nil)...))
-			check(t, fileSQL(path, `UPDATE zestor_kv SET value = '3'`)) // of all three
+			fileSQL(t, path, `UPDATE zestor_kv SET value = '3'`) // of all three
 			fileOK(t)(s.Set("k", "a", 4))
-			resumed, err := s.Watch(t.Context(), "k", zestor.WithSince(3))
-			check(t, err)
+			resumed := watchOn(t, s, "k", zestor.WithSince(3))
 			for _, ch := range []<-chan zestor.Event[int]{events, resumed} {
 				for i := range 3 {
-					ev, _ := fileNext(t, ch)
+					ev, _ := watchNext(t, ch)
 					fileEqual(t, "change", fmt.Sprint(ev.Type, ev.Value, ev.Version-before.Version, ev.Err), fmt.Sprint(zestor.EventUpdate, i+2, i+1, nil))
 				}
 			}
@@ -4713,19 +4638,18 @@ func TestFileUpgrade(t *testing.T) {
 			dir := t.TempDir()
 			path := filepath.Join(dir, "a.db")
 			fileOldest(t, path, mode, 3000)
-			check(t, fileSQL(path, `CREATE TRIGGER t AFTER UPDATE ON zestor_kv WHEN NEW.key = 'key 2999' BEGIN SELECT RAISE(ABORT, 'no way'); END`))
+			fileSQL(t, path, `CREATE TRIGGER t AFTER UPDATE ON zestor_kv WHEN NEW.key = 'key 2999' BEGIN SELECT RAISE(ABORT, 'no way'); END`)
 			before := fileTree(t, dir)
-			_, err := fileOpen(path)
-			check(t, fileBad(err, path, "no way"))
+			check(t, fileBad(rwErr(fileOpen(path)), path, "no way"))
 			fileSame(t, dir, before)
-			p := fileStart(t, "file limited open", path, fmt.Sprint(100<<10)) // it has no space
+			p := start(t, "file limited open", path, fmt.Sprint(100<<10)) // it has no space
 			if err := p.line(t); !strings.Contains(err, path) {
 				t.Fatalf("without space: %s", err)
 			}
 			p.line(t)
 			fileSame(t, dir, before)
-			check(t, fileSQL(path, `DROP TRIGGER t`))
-			p = fileStart(t, "file limited open", path, fmt.Sprint(100<<10))
+			fileSQL(t, path, `DROP TRIGGER t`)
+			p = start(t, "file limited open", path, fmt.Sprint(100<<10))
 			if err := p.line(t); !strings.Contains(err, path) {
 				t.Fatalf("without space: %s", err)
 			}
@@ -4735,8 +4659,8 @@ func TestFileUpgrade(t *testing.T) {
 		t.Run("large "+mode, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "a.db")
 			fileOldest(t, path, mode, 3000)
-			check(t, fileSQL(path, `UPDATE zestor_kv SET value = value || printf('%20000c', ' ')`))
-			p := fileStart(t, "file in 16 MiB", path)
+			fileSQL(t, path, `UPDATE zestor_kv SET value = value || printf('%20000c', ' ')`)
+			p := start(t, "file in 16 MiB", path)
 			fileEqual(t, "child", p.line(t), "opened")
 			fileKill(p)
 			check(t, fileUpgraded(path, 3000))
@@ -4747,7 +4671,7 @@ func TestFileUpgrade(t *testing.T) {
 				path := filepath.Join(t.TempDir(), "a.db")
 				fileOldest(t, path, mode, 8000)
 				if analyzed {
-					check(t, fileSQL(path, `ANALYZE`, `UPDATE sqlite_stat1 SET stat = '2 1 1'`))
+					fileSQL(t, path, `ANALYZE`, `UPDATE sqlite_stat1 SET stat = '2 1 1'`)
 				}
 				begin := time.Now()
 				s, err := fileOpen(path)
@@ -4763,7 +4687,7 @@ func TestFileUpgrade(t *testing.T) {
 			for range fileMore(4, 30) {
 				path := filepath.Join(t.TempDir(), "a.db")
 				fileOldest(t, path, mode, 3000)
-				p := fileStart(t, "file upgrades", path, "3000")
+				p := start(t, "file upgrades", path, "3000")
 				p.line(t)
 				fmt.Fprintln(p.in)
 				time.Sleep(time.Duration(rand.IntN(50)) * time.Millisecond) // then kill it
@@ -4780,7 +4704,7 @@ func TestFileUpgrade(t *testing.T) {
 				}
 				var all []*process
 				for range 4 {
-					p := fileStart(t, "file upgrades", path, fmt.Sprint(n))
+					p := start(t, "file upgrades", path, fmt.Sprint(n))
 					p.line(t)
 					all = append(all, p)
 				}
@@ -4950,15 +4874,12 @@ func TestFileKilled(t *testing.T) {
 			var err error
 			s, err = fileOpen(path)
 			check(t, err)
-			a, err = s.Watch(t.Context(), "a", zestor.WithSince(since))
-			check(t, err)
-			b, err = s.Watch(t.Context(), "b", zestor.WithSince(since))
-			check(t, err)
+			a, b = watchOn(t, s, "a", zestor.WithSince(since)), watchOn(t, s, "b", zestor.WithSince(since))
 		}
 		if round%2 == 0 {
 			look() // the store and its watches are there when the writer is killed
 		}
-		p := fileStart(t, "file killed", path, fmt.Sprint(round), fmt.Sprint(writers))
+		p := start(t, "file killed", path, fmt.Sprint(round), fmt.Sprint(writers))
 		last := make([]int, writers)
 		for g := range last {
 			last[g] = -1
@@ -5032,7 +4953,7 @@ func TestFileKilled(t *testing.T) {
 func TestFileBrokenWAL(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "a.db")
-	p := fileStart(t, "file writes", path, "60")
+	p := start(t, "file writes", path, "60")
 	p.line(t)
 	fileKill(p)
 	left := fileTree(t, dir)
@@ -5090,9 +5011,9 @@ var _ = child("file counts", func(args []string) {
 	for range 4 {
 		group.Go(func() {
 			for range n {
-				_, err := s.SetFn("n", "fn", func(v int) (int, error) { return v + 1, nil })
-				must(err)
-				for err = zestor.ErrConflict; errors.Is(err, zestor.ErrConflict); {
+				must(rwErr(s.SetFn("n", "fn", func(v int) (int, error) { return v + 1, nil })))
+				err := zestor.ErrConflict
+				for errors.Is(err, zestor.ErrConflict) {
 					e, _, failed := s.GetEntry("n", "if")
 					must(failed)
 					_, err = s.SetIf("n", "if", e.Value+1, e.Revision)
@@ -5109,13 +5030,12 @@ var _ = child("file counts", func(args []string) {
 func TestFileContention(t *testing.T) {
 	for _, rollback := range []bool{false, true} {
 		t.Run(fmt.Sprintf("DisableWAL=%t", rollback), func(t *testing.T) {
-			path := filepath.Join(t.TempDir(), "a.db")
-			s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: path, DisableWAL: rollback, BusyTimeout: fileDeadline})
+			s, path := watchFile(t, zestor.SQLiteOptions[int]{DisableWAL: rollback, BusyTimeout: fileDeadline})
 			n := fileMore(10, 100)
 			check(t, s.SetMany("n", map[string]int{"fn": 0, "if": 0}))
 			var all []*process
 			for range 4 {
-				all = append(all, fileStart(t, "file counts", path, fmt.Sprint(n), fmt.Sprint(rollback)))
+				all = append(all, start(t, "file counts", path, fmt.Sprint(n), fmt.Sprint(rollback)))
 			}
 			for _, p := range all {
 				fileEqual(t, "child", p.line(t), "done")
@@ -5136,8 +5056,7 @@ var _ = child("file holds", func(args []string) {
 	must(err)
 	db.SetMaxOpenConns(1)
 	for _, s := range []string{args[1], "COMMIT"} {
-		_, err := db.Exec(s)
-		must(err)
+		must(rwErr(db.Exec(s)))
 		fmt.Println("done")
 		fmt.Scanln()
 	}
@@ -5150,7 +5069,7 @@ func TestFileLocked(t *testing.T) {
 	const timeout = 400 * time.Millisecond
 	option := openSQLite(t, zestor.SQLiteOptions[user]{DSN: fileURI(path, "_timeout=1"), BusyTimeout: timeout}) // the option wins
 	param := openSQLite(t, zestor.SQLiteOptions[user]{DSN: fileURI(path, "_busy_timeout=400")})
-	p := fileStart(t, "file holds", path, "BEGIN IMMEDIATE")
+	p := start(t, "file holds", path, "BEGIN IMMEDIATE")
 	p.line(t)
 	for name, s := range map[string]zestor.Store[user]{"set": option, "update": param, "setfn": option, "setmany": param} {
 		v := user{Age: rand.Int()}
@@ -5337,10 +5256,8 @@ func TestNamesTooLong(t *testing.T) {
 	defer syscall.Munmap(pages)
 	name := unsafe.String(&pages[0], len(pages))
 	each(t, func(t *testing.T, s zestor.Store[int]) {
-		_, err := s.Set("k", name, 1)
-		check(t, fileBad(err, "zestor: set k/", "too long"))
-		_, _, err = s.Get(name, "a")
-		check(t, fileBad(err, "zestor: get ", "too long"))
+		check(t, fileBad(rwErr(s.Set("k", name, 1)), "zestor: set k/", "too long"))
+		check(t, fileBad(rwErr(s.Get(name, "a")), "zestor: get ", "too long"))
 	})
 }
 
@@ -5348,7 +5265,7 @@ func TestFileTooBig(t *testing.T) {
 	for _, rollback := range []bool{false, true} {
 		t.Run(fmt.Sprintf("DisableWAL=%t", rollback), func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "a.db")
-			p := fileStart(t, "file limited", path, fmt.Sprint(400<<10), fmt.Sprint(rollback))
+			p := start(t, "file limited", path, fmt.Sprint(400<<10), fmt.Sprint(rollback))
 			fileEqual(t, "child", p.line(t), "done")
 			fileEqual(t, "integrity", fileQuery(t, path, `PRAGMA integrity_check`), "ok")
 		})
@@ -5364,11 +5281,9 @@ var _ = child("file nobody", func(args []string) {
 	}
 	at := func(elements ...string) string { return filepath.Join(append([]string{dir}, elements...)...) }
 	for _, name := range []string{"new.db", "old.db"} { // in a directory that can't be written
-		_, err := fileOpen(at("closed", name))
-		must(fileBad(err, at("closed", name)))
+		must(fileBad(rwErr(fileOpen(at("closed", name))), at("closed", name)))
 	}
-	_, err := fileOpen(at("open", "secret.db"))
-	must(fileBad(err, at("open", "secret.db")))
+	must(fileBad(rwErr(fileOpen(at("open", "secret.db"))), at("open", "secret.db")))
 
 	s, err := fileOpen(at("open", "readonly.db"))
 	must(err)
@@ -5376,8 +5291,7 @@ var _ = child("file nobody", func(args []string) {
 	if must(err); !ok {
 		must(errors.New("0001 is gone"))
 	}
-	_, err = s.Set("k", "0001", user{Age: -1})
-	must(fileBad(err, "set k/0001"))
+	must(fileBad(rwErr(s.Set("k", "0001", user{Age: -1})), "set k/0001"))
 	must(s.SetMany("k", map[string]user{"0001": v})) // is there already
 	must(fileBad(s.SetMany("k", map[string]user{"0001": v, "0002": {Age: -1}}), "setmany k"))
 	must(s.Close())
@@ -5414,8 +5328,7 @@ var _ = child("file nobody", func(args []string) {
 
 	s, err = fileOpen(at("open", "moment.db"))
 	must(err)
-	_, err = s.Set("k", "a", user{Age: 1})
-	must(err)
+	must(rwErr(s.Set("k", "a", user{Age: 1})))
 	next, stop := iter.Pull2(s.Scan("k", zestor.Range{})) // has the one connection
 	next()
 	must(os.Chmod(at("open", "moment.db"), 0o444))
@@ -5425,8 +5338,7 @@ var _ = child("file nobody", func(args []string) {
 	stop()
 	stopOther()
 	s.Set("k", "a", user{Age: 2}) // finds that out
-	_, err = s.Set("k", "a", user{Age: 3})
-	must(err)
+	must(rwErr(s.Set("k", "a", user{Age: 3})))
 	must(s.Close())
 	fmt.Println("done")
 })
@@ -5448,7 +5360,7 @@ func TestFilePermission(t *testing.T) {
 		t.Cleanup(func() { os.Chmod(filepath.Join(dir, name), 0o755) })
 	}
 	before := fileTree(t, filepath.Join(dir, "closed"))
-	p := fileStart(t, "file nobody", dir)
+	p := start(t, "file nobody", dir)
 	fileEqual(t, "child", p.line(t), "done")
 	fileSame(t, filepath.Join(dir, "closed"), before)
 }
@@ -5456,11 +5368,8 @@ func TestFilePermission(t *testing.T) {
 // Opening waits for BusyTimeout, also if the lock changes hands meanwhile.
 func TestFileOpenWaits(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
-	fileStatements(t, path, fileOldTable, "CREATE TABLE other (x)")
-	db, err := sql.Open("sqlite3", path)
-	check(t, err)
-	defer db.Close()
-	db.SetMaxOpenConns(1)
+	fileSQL(t, path, fileOld, "CREATE TABLE other (x)")
+	db := fileDB(t, path)
 	exec := func(q string) { check(t, rwErr(db.Exec(q))) }
 	exec("PRAGMA cache_size = 2")
 	exec("BEGIN IMMEDIATE") // which keeps readers out as soon as the cache is full
@@ -5519,13 +5428,11 @@ func TestFileRemovedWithoutFsync(t *testing.T) {
 // A durable store looks before each write, however soon it comes after the last.
 func TestFileRemovedAtOnce(t *testing.T) {
 	for range 20 {
-		path := filepath.Join(t.TempDir(), "a.db")
-		s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: path})
+		s, path := watchFile(t, zestor.SQLiteOptions[int]{})
 		fileOK(t)(s.Set("k", "a", 1))
 		fileOK(t)(s.Set("k", "a", 2))
 		check(t, os.Remove(path))
-		_, err := s.Set("k", "a", 3)
-		check(t, fileBad(err, path, "set k/a"))
+		check(t, fileBad(rwErr(s.Set("k", "a", 3)), path, "set k/a"))
 	}
 }
 
@@ -5538,22 +5445,20 @@ func TestFileRemoved(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			dir := t.TempDir()
 			path, away := filepath.Join(dir, "a.db"), filepath.Join(dir, "away.db")
-			s, err := fileOpen(path)
-			check(t, err)
-			_, err = s.Watch(t.Context(), "k", zestor.WithBufferSize(1)) // nobody reads it: the store goes on looking
-			check(t, err)
-			events, err := s.Watch(t.Context(), "k")
-			check(t, err)
+			s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: path})
+			watchOn(t, s, "k", zestor.WithBufferSize(1)) // nobody reads it: the store goes on looking
+			events := watchOn(t, s, "k")
 			fileOK(t)(s.Set("k", "a", user{Age: 1}))
-			ev, _ := fileNext(t, events)
+			ev, _ := watchNext(t, events)
 			fileEqual(t, "event", ev.Revision, 1)
 			check(t, os.Rename(path, away))
 			var data []byte
 			if c.replace {
 				other := filepath.Join(dir, "other.db")
 				fileMake(t, other, 20)
-				data, err = os.ReadFile(other)
+				read, err := os.ReadFile(other)
 				check(t, err)
+				data = read
 				check(t, os.Rename(other, path))
 			}
 			var group sync.WaitGroup
@@ -5571,16 +5476,15 @@ func TestFileRemoved(t *testing.T) {
 			for i, err := range errs {
 				check(t, fileBad(err, path, []string{"set k/b", "update"}[i%2]))
 			}
-			if ev, _ = fileNext(t, events); ev.Type != zestor.EventError || ev.Revision != 1 {
+			if ev, _ = watchNext(t, events); ev.Type != zestor.EventError || ev.Revision != 1 {
 				t.Fatalf("%v, want the watch to end at 1", ev)
 			}
 			check(t, fileBad(ev.Err, path, "watch k"))
-			if _, ok := fileNext(t, events); ok {
+			if _, ok := watchNext(t, events); ok {
 				t.Fatal("the watch goes on")
 			}
-			late, err := s.Watch(t.Context(), "k")
-			check(t, err)
-			if ev, _ = fileNext(t, late); ev.Type != zestor.EventError || ev.Revision != 1 {
+			late := watchOn(t, s, "k")
+			if ev, _ = watchNext(t, late); ev.Type != zestor.EventError || ev.Revision != 1 {
 				t.Fatalf("%v, want the late watch to end at 1", ev)
 			}
 			var nest func(depth int)
@@ -5614,8 +5518,7 @@ func TestFileRemoved(t *testing.T) {
 			if away != path { // SQLite leaves to the mover what belongs to the file
 				os.Rename(path+"-wal", away+"-wal")
 			}
-			kept, err := fileOpen(away)
-			check(t, err)
+			kept := openSQLite(t, zestor.SQLiteOptions[user]{DSN: away})
 			v, _, err := kept.Get("k", "a")
 			check(t, err)
 			fileEqual(t, "acknowledged", v.Age, 1)
@@ -5724,14 +5627,12 @@ func TestFileDamaged(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "a.db")
 	fileMake(t, path, 100)
-	s, err := fileOpen(fileURI(path, "_sync=OFF"))
-	check(t, err)
+	s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: fileURI(path, "_sync=OFF")})
 	for i := range 60 { // free pages, too
-		_, _, err := s.Delete("k", fmt.Sprintf("%04d", i+30))
-		check(t, err)
+		check(t, rwErr(s.Delete("k", fmt.Sprintf("%04d", i+30))))
 	}
 	check(t, s.Close())
-	check(t, fileSQL(path, `DELETE FROM zestor_log WHERE revision < 40`))
+	fileSQL(t, path, `DELETE FROM zestor_log WHERE revision < 40`)
 	whole, err := os.ReadFile(path)
 	check(t, err)
 	refused, rounds := 0, fileMore(160, 5000)
@@ -5799,8 +5700,7 @@ func TestFileDamagedHalfway(t *testing.T) {
 		}
 		fileEqual(t, "pages damaged", pages > 0, true)
 		check(t, os.WriteFile(path, data, 0o600))
-		s, err := fileOpen(path)
-		check(t, err)
+		s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: path})
 		entries, failed := 0, error(nil)
 		for _, failed = range s.Scan("k", zestor.Range{}) {
 			entries++
@@ -5825,30 +5725,17 @@ func TestFileDamagedHalfway(t *testing.T) {
 // fileResources waits until no more goroutines and open files are left than
 // before, but for what an open store may pool.
 func fileResources(t testing.TB, pooled int) (settle func()) {
-	descriptors := func() int {
-		names, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			missing(t, "/proc/self/fd")
-		}
-		return len(names)
-	}
-	heap := func() uint64 {
-		var m runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
-	files, bytes, goroutines := descriptors()+pooled, heap(), runtime.NumGoroutine()
+	files, bytes, goroutines := rwFiles(t)+pooled, benchHeap(), runtime.NumGoroutine()
 	return func() {
 		t.Helper()
-		for end := time.Now().Add(fileDeadline / 6); runtime.NumGoroutine() > goroutines || descriptors() > files; time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(fileDeadline / 6); runtime.NumGoroutine() > goroutines || rwFiles(t) > files; time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
 				stacks := make([]byte, 1<<20)
-				t.Fatalf("%d goroutines of %d, %d open files of %d\n%s", runtime.NumGoroutine(), goroutines, descriptors(), files,
+				t.Fatalf("%d goroutines of %d, %d open files of %d\n%s", runtime.NumGoroutine(), goroutines, rwFiles(t), files,
 					stacks[:runtime.Stack(stacks, true)])
 			}
 		}
-		if now := heap(); now > bytes+4<<20 {
+		if now := benchHeap(); now > bytes+4<<20 {
 			t.Fatalf("%d bytes are kept, %d were", now, bytes)
 		}
 	}
@@ -5870,7 +5757,7 @@ func TestFileLeaks(t *testing.T) {
 			break
 		}
 		if i%2 == 0 {
-			fileNext(t, events)
+			watchNext(t, events)
 			cancel()
 		}
 		check(t, s.Close())
@@ -5897,11 +5784,11 @@ func TestFileLeaks(t *testing.T) {
 				chans = append(chans, events)
 			}
 			fileOK(t)(s.Set("k", "a", user{Age: i + 2}))
-			fileNext(t, chans[i%10])
+			watchNext(t, chans[i%10])
 			cancel()
 			for _, events := range chans {
 				for ok := true; ok; {
-					_, ok = fileNext(t, events)
+					_, ok = watchNext(t, events)
 				}
 			}
 		}
@@ -5923,12 +5810,9 @@ func TestFileClose(t *testing.T) {
 			many[fmt.Sprint(i)] = user{Age: i}
 		}
 		check(t, s.SetMany("k", many))
-		stuck, err := s.Watch(t.Context(), "k", zestor.WithInitialReplay())
-		check(t, err)
-		stuckLive, err := s.Watch(t.Context(), "k", zestor.WithBufferSize(100))
-		check(t, err)
-		draining, err := s.Watch(t.Context(), "k", zestor.WithInitialReplay())
-		check(t, err)
+		stuck := watchOn(t, s, "k", zestor.WithInitialReplay())
+		stuckLive := watchOn(t, s, "k", zestor.WithBufferSize(100))
+		draining := watchOn(t, s, "k", zestor.WithInitialReplay())
 		var group, busy sync.WaitGroup
 		errs := make(chan error, 100)
 		until := func(fn func(i int) error) { // it fails
@@ -6240,30 +6124,13 @@ func (m *modelStore[T]) Update(fn func(zestor.ReadWriter[T]) error) error {
 
 // What attacks on the library found, kept as tests.
 
-func fileStatements(t testing.TB, path string, stmts ...string) {
-	t.Helper()
-	db, err := sql.Open("sqlite3", path)
-	check(t, err)
-	defer db.Close()
-	db.SetMaxOpenConns(1)
-	for _, q := range stmts {
-		if _, err := db.Exec(q); err != nil {
-			t.Fatalf("%s: %v", q, err)
-		}
-	}
-}
-
-const fileOldTable = `CREATE TABLE zestor_kv (kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, version INTEGER NOT NULL DEFAULT 1, updated_at TEXT NOT NULL DEFAULT (STRFTIME('%Y-%m-%dT%H:%M:%fZ','now')), PRIMARY KEY(kind, key));
-CREATE INDEX idx_kv_kind ON zestor_kv(kind);`
-
 // the old program writes what is there already.
 func TestFileOldUpsert(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
-	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
 	s.Set("k", "a", "1")
 	before, _, _ := s.GetEntry("k", "a")
 	time.Sleep(5 * time.Millisecond)
-	fileStatements(t, path, `INSERT INTO zestor_kv (kind, key, value) VALUES ('k', 'a', CAST('"1"' AS BLOB)) ON CONFLICT(kind,key) DO UPDATE SET value=excluded.value, version=version+1, updated_at=STRFTIME('%Y-%m-%dT%H:%M:%fZ','now')`)
+	fileSQL(t, path, `INSERT INTO zestor_kv (kind, key, value) VALUES ('k', 'a', CAST('"1"' AS BLOB)) ON CONFLICT(kind,key) DO UPDATE SET value=excluded.value, version=version+1, updated_at=STRFTIME('%Y-%m-%dT%H:%M:%fZ','now')`)
 	after, _, _ := s.GetEntry("k", "a")
 	if after != before {
 		t.Fatalf("a write that changed nothing made %+v of %+v", after, before)
@@ -6281,7 +6148,7 @@ func TestFileCopiedRows(t *testing.T) {
 	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
 	s.Set("k", "x", "1")
 	s.Set("k", "y", "1")
-	fileStatements(t, path, `ATTACH '`+filepath.Join(dir, "from.db")+`' AS f`, `INSERT INTO zestor_kv SELECT * FROM f.zestor_kv`)
+	fileSQL(t, path, `ATTACH '`+filepath.Join(dir, "from.db")+`' AS f`, `INSERT INTO zestor_kv SELECT * FROM f.zestor_kv`)
 	if e, _, _ := s.GetEntry("k", "a"); e.Version != 1 {
 		t.Fatalf("a created key has %+v", e)
 	}
@@ -6294,7 +6161,7 @@ func TestFileOpenedAtOnce(t *testing.T) {
 	for round := range 60 {
 		path := filepath.Join(dir, fmt.Sprintf("%d.db", round))
 		if round%2 == 0 {
-			fileStatements(t, path, fileOldTable, `INSERT INTO zestor_kv (kind, key, value) VALUES ('k', 'a', '"1"')`)
+			fileSQL(t, path, fileOld, `INSERT INTO zestor_kv (kind, key, value) VALUES ('k', 'a', '"1"')`)
 		}
 		watchAll(t, 6, func(i int) error {
 			time.Sleep(time.Duration(i*round%97) * 10 * time.Microsecond) // at different moments
@@ -6333,11 +6200,11 @@ func TestFileSetIfAmongTriggers(t *testing.T) {
 	for _, upgraded := range []bool{false, true} { // the triggers come after the store's, or before
 		path := filepath.Join(t.TempDir(), "a.db")
 		if upgraded {
-			fileStatements(t, path, fileOldTable, audit)
+			fileSQL(t, path, fileOld, audit)
 		}
 		s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
 		if !upgraded {
-			fileStatements(t, path, audit)
+			fileSQL(t, path, audit)
 		}
 		events := watchOn(t, s, "audit")
 		var revision int64
@@ -6350,7 +6217,7 @@ func TestFileSetIfAmongTriggers(t *testing.T) {
 				check(t, err)
 				fileEqual(t, "revision", revision, e.Revision)
 			} else {
-				fileStatements(t, path, `UPDATE zestor_kv SET value = '"4"' WHERE kind = 'k'`)
+				fileSQL(t, path, `UPDATE zestor_kv SET value = '"4"' WHERE kind = 'k'`)
 			}
 			ev, _ := watchNext(t, events)
 			e, _, err := s.GetEntry("audit", "a")
@@ -6358,8 +6225,7 @@ func TestFileSetIfAmongTriggers(t *testing.T) {
 			fileEqual(t, "event", fmt.Sprintln(ev.Value, ev.Version, ev.Revision), fmt.Sprintln(i, i+1, e.Revision))
 			fileEqual(t, "audited", fmt.Sprintln(e.Value, e.Version), fmt.Sprintln(i, i+1))
 		}
-		_, _, err := s.Delete("k", "a")
-		check(t, err)
+		check(t, rwErr(s.Delete("k", "a")))
 		ev, _ := watchNext(t, events)
 		fileEqual(t, "event", ev.Type, zestor.EventDelete)
 	}
@@ -6370,14 +6236,12 @@ func TestFileWithoutTable(t *testing.T) {
 	for _, sql := range []string{`DROP TABLE zestor_kv`, `DROP TABLE zestor_kv; PRAGMA user_version = 0`} {
 		dir := t.TempDir()
 		path := filepath.Join(dir, "a.db")
-		s, err := fileOpen(path)
-		check(t, err)
+		s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: path})
 		fileOK(t)(s.Set("k", "a", user{}))
 		check(t, s.Close())
-		fileStatements(t, path, sql)
+		fileSQL(t, path, sql)
 		before := fileTree(t, dir)
-		_, err = fileOpen(path)
-		check(t, fileBad(err, path, "no zestor_kv"))
+		check(t, fileBad(rwErr(fileOpen(path)), path, "no zestor_kv"))
 		fileSame(t, dir, before)
 	}
 }
@@ -6446,30 +6310,23 @@ func TestFileNoChange(t *testing.T) {
 		check(t, b.SetMany("k", values))
 		check(t, b.Update(func(tx zestor.ReadWriter[int]) error { return tx.SetMany("k", values) }))
 		fileOK(t)(b.Set("k", "1", 3))
-		_, err := b.SetIf("k", "1", 3, rwEntry(t, b, "k", "1").Revision)
-		check(t, err)
-		_, err = b.SetFn("k", "1", func(n int) (int, error) { return n, nil })
-		check(t, err)
+		check(t, rwErr(b.SetIf("k", "1", 3, rwEntry(t, b, "k", "1").Revision)))
+		check(t, rwErr(b.SetFn("k", "1", func(n int) (int, error) { return n, nil })))
 	}
 	rwEq(t, stat(), before...)
-	_, err = a.Watch(t.Context(), "k", zestor.WithSince(since))
-	check(t, err)
+	watchOn(t, a, "k", zestor.WithSince(since))
 }
 
 // A refused file has nothing beside it that was not there before.
 func TestFileRefusedLeavesNothing(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
-	fileStatements(t, path, `PRAGMA journal_mode = WAL`, `PRAGMA user_version = 9`)
-	_, err := fileOpen(path)
-	check(t, fileBad(err, path, "newer"))
+	fileSQL(t, path, `PRAGMA journal_mode = WAL`, `PRAGMA user_version = 9`)
+	check(t, fileBad(rwErr(fileOpen(path)), path, "newer"))
 	rwEq(t, rwT(slices.Collect(maps.Keys(fileTree(t, filepath.Dir(path))))), []string{"a.db"})
 
 	// What a crash has left in a WAL stays there, also where the path is a link.
-	db, err := sql.Open("sqlite3", path)
-	check(t, err)
-	db.SetMaxOpenConns(1)
-	_, err = db.Exec(`CREATE TABLE other (a)`)
-	check(t, err)
+	db := fileDB(t, path)
+	check(t, rwErr(db.Exec(`CREATE TABLE other (a)`)))
 	dir := t.TempDir()
 	for name, data := range fileTree(t, filepath.Dir(path)) {
 		check(t, os.WriteFile(filepath.Join(dir, name), []byte(data), 0o600))
@@ -6480,8 +6337,7 @@ func TestFileRefusedLeavesNothing(t *testing.T) {
 	link := filepath.Join(t.TempDir(), "link.db")
 	check(t, os.Symlink(filepath.Join(dir, "a.db"), link))
 	for _, name := range []string{link, filepath.Join(dir, "a.db")} {
-		_, err = fileOpen(name)
-		check(t, fileBad(err, name, "no zestor_kv"))
+		check(t, fileBad(rwErr(fileOpen(name)), name, "no zestor_kv"))
 		fileSame(t, dir, before)
 	}
 }
@@ -6489,12 +6345,10 @@ func TestFileRefusedLeavesNothing(t *testing.T) {
 // A constraint that somebody has added to the table is an error for who breaks
 // it, and no reason to write another key.
 func TestFileUnique(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
-	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
 	fileOK(t)(s.Set("users", "alice", "a@x"))
-	fileStatements(t, path, `CREATE UNIQUE INDEX emails ON zestor_kv (CAST(value AS TEXT))`)
-	_, err := s.Set("users", "bob", "a@x")
-	check(t, fileBad(err, "zestor: set users/bob", "UNIQUE"))
+	fileSQL(t, path, `CREATE UNIQUE INDEX emails ON zestor_kv (CAST(value AS TEXT))`)
+	check(t, fileBad(rwErr(s.Set("users", "bob", "a@x")), "zestor: set users/bob", "UNIQUE"))
 	check(t, fileBad(s.SetMany("users", map[string]string{"bob": "a@x", "carol": "c@x"}), "zestor: setmany users", "UNIQUE"))
 	got, err := s.List("users")
 	check(t, err)
@@ -6505,9 +6359,8 @@ func TestFileUnique(t *testing.T) {
 // Writes that SQLite refuses, however many, fail no others that share their transaction, and don't
 // keep them from being done.
 func TestFileGroupError(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
-	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
-	fileStatements(t, path, `CREATE TRIGGER nope BEFORE INSERT ON zestor_kv WHEN NEW.kind = 'bad' BEGIN SELECT RAISE(ABORT, 'nope'); END`)
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
+	fileSQL(t, path, `CREATE TRIGGER nope BEFORE INSERT ON zestor_kv WHEN NEW.kind = 'bad' BEGIN SELECT RAISE(ABORT, 'nope'); END`)
 	var bad, good sync.WaitGroup
 	var stop atomic.Bool
 	for range 64 {
@@ -6597,10 +6450,10 @@ func TestFileDotDot(t *testing.T) {
 func TestFileOddVersions(t *testing.T) {
 	for i, version := range []string{"0", "-1", "'x'", "1.5", "'3'", "5", "0", "-1", "'x'", "1.5", "'3'", "5"} {
 		path := filepath.Join(t.TempDir(), "a.db")
-		fileStatements(t, path, fileOldTable+`INSERT INTO zestor_kv (kind, key, value, version) VALUES ('k', 'a', CAST('"1"' AS BLOB), `+version+`)`)
+		fileSQL(t, path, fileOld+`INSERT INTO zestor_kv (kind, key, value, version) VALUES ('k', 'a', CAST('"1"' AS BLOB), `+version+`)`)
 		s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
 		if i >= 6 {
-			fileStatements(t, path, `UPDATE zestor_kv SET version = `+version)
+			fileSQL(t, path, `UPDATE zestor_kv SET version = `+version)
 		}
 		events := watchOn(t, s, "k")
 		before, _, _ := s.GetEntry("k", "a")
@@ -6617,15 +6470,14 @@ func TestFileOddVersions(t *testing.T) {
 }
 
 func TestFileOddTimes(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
-	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
 	watchSet(t, s, "k", "a", "")
 	for typed, want := range map[string]time.Time{
 		"2024-01-02T03:04:05.678901Z":   time.Date(2024, 1, 2, 3, 4, 5, 678e6, time.UTC),
 		"2024-01-02T03:04:05.678+01:00": time.Date(2024, 1, 2, 2, 4, 5, 678e6, time.UTC),
 		"yesterday":                     {},
 	} {
-		fileStatements(t, path, `UPDATE zestor_kv SET updated_at = '`+typed+`'`)
+		fileSQL(t, path, `UPDATE zestor_kv SET updated_at = '`+typed+`'`)
 		e, _, err := s.GetEntry("k", "a")
 		check(t, err)
 		fileEqual(t, typed, e.UpdatedAt, want)
@@ -6646,7 +6498,7 @@ func TestFileImmutable(t *testing.T) {
 // In a file of UTF-16 two keys that are no valid text would be one.
 func TestFileUTF16(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
-	fileStatements(t, path, `PRAGMA encoding = 'UTF-16le';`+fileOldTable)
+	fileSQL(t, path, `PRAGMA encoding = 'UTF-16le';`+fileOld)
 	_, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[string]{DSN: path})
 	if err := fileBad(err, path, "UTF-16le"); err != nil {
 		t.Fatal(err)
@@ -6660,7 +6512,7 @@ func TestFileOfOtherSchema(t *testing.T) {
 		for version := range 2 { // 0 in a file that was dumped and read again
 			path := filepath.Join(t.TempDir(), "a.db")
 			check(t, openSQLite(t, zestor.SQLiteOptions[string]{DSN: path}).Close())
-			fileStatements(t, path, damage, fmt.Sprint("PRAGMA user_version = ", version))
+			fileSQL(t, path, damage, fmt.Sprint("PRAGMA user_version = ", version))
 			_, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[string]{DSN: path})
 			if err := fileBad(err, path, "not a Zestor file"); err != nil {
 				t.Errorf("version %d: %s: %v", version, damage, err)
@@ -6672,23 +6524,17 @@ func TestFileOfOtherSchema(t *testing.T) {
 // Nor is a file without tables one whose version somebody has set.
 func TestFileOfOtherVersion(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
-	fileStatements(t, path, "PRAGMA user_version = 1")
-	_, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[string]{DSN: path})
-	check(t, fileBad(err, path, "not a Zestor file"))
+	fileSQL(t, path, "PRAGMA user_version = 1")
+	check(t, fileBad(rwErr(zestor.NewSQLiteStore(zestor.SQLiteOptions[string]{DSN: path})), path, "not a Zestor file"))
 }
 
 // A lock is an error of its own, not a conflict, a gap or an absent key.
 func TestFileLockedIsNothingElse(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
-	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: 100 * time.Millisecond})
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{DisableWAL: true, BusyTimeout: 100 * time.Millisecond})
 	watchSet(t, s, "k", "a", "1")
 	s.Set("k", "a", "1") // changes nothing, so that the next Set looks before it writes
-	db, err := sql.Open("sqlite3", path)
-	check(t, err)
-	defer db.Close()
-	db.SetMaxOpenConns(1)
-	_, err = db.Exec("BEGIN EXCLUSIVE")
-	check(t, err)
+	db := fileDB(t, path)
+	check(t, rwErr(db.Exec("BEGIN EXCLUSIVE")))
 	for name, call := range map[string]func() error{
 		"Watch": func() error { _, err := s.Watch(t.Context(), "k", zestor.WithSince(1)); return err },
 		"Set":   func() error { return rwErr(s.Set("k", "a", "1")) },
@@ -6700,8 +6546,7 @@ func TestFileLockedIsNothingElse(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	_, err = db.Exec("ROLLBACK")
-	check(t, err)
+	check(t, rwErr(db.Exec("ROLLBACK")))
 	watchSet(t, s, "k", "a", "2")
 }
 
@@ -6712,8 +6557,7 @@ func TestDeleteAmongSets(t *testing.T) {
 		return json.Unmarshal(data, v)
 	})
 	s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: ":memory:", Codec: codec})
-	deletes, err := s.Watch(t.Context(), "k", zestor.WithEventTypes(zestor.EventDelete))
-	check(t, err)
+	deletes := watchOn(t, s, "k", zestor.WithEventTypes(zestor.EventDelete))
 	stop, sets := make(chan struct{}), sync.WaitGroup{}
 	sets.Go(func() {
 		for i := 0; ; i++ {
@@ -6771,12 +6615,10 @@ func TestCallbacksRunOnTheirCallersGoroutine(t *testing.T) {
 		group.Go(func() {
 			me := goroutine()
 			for i := range 30 {
-				_, err := s.Set("k", me, user{Name: me, Age: i})
-				must(err)
+				must(rwErr(s.Set("k", me, user{Name: me, Age: i})))
 				e, _, err := s.GetEntry("k", me)
 				must(err)
-				_, err = s.SetIf("k", me, user{Name: me, Age: -i - 1}, e.Revision)
-				must(err)
+				must(rwErr(s.SetIf("k", me, user{Name: me, Age: -i - 1}, e.Revision)))
 				existed, prev, err := s.Delete("k", me)
 				must(err)
 				if !existed || prev != (user{Name: me, Age: -i - 1}) {
@@ -6793,7 +6635,7 @@ func TestFileNamesTypedByHand(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
 	openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
 	for _, names := range []string{`'k', ''`, `'', 'k'`, `'k', x'6162'`, `x'6162', 'k'`} {
-		if err := fileSQL(path, `INSERT INTO zestor_kv (kind, key, value) VALUES (`+names+`, '"1"')`); err == nil || !strings.Contains(err.Error(), "non-empty text") {
+		if _, err := fileDB(t, path).Exec(`INSERT INTO zestor_kv (kind, key, value) VALUES (` + names + `, '"1"')`); err == nil || !strings.Contains(err.Error(), "non-empty text") {
 			t.Errorf("%s: %v", names, err)
 		}
 	}
@@ -6854,12 +6696,11 @@ func TestFileHoldsNoCopy(t *testing.T) {
 // SetMany takes the memory of few values at once, however long they are.
 func TestFileSetManyInLittleMemory(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.db")
-	p := fileStart(t, "file in 16 MiB", path)
+	p := start(t, "file in 16 MiB", path)
 	fileEqual(t, "child", p.line(t), "opened")
 	fmt.Fprintln(p.in)
 	fileEqual(t, "child", p.line(t), "done")
-	s, err := fileOpen(path)
-	check(t, err)
+	s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: path})
 	defer s.Close()
 	for e, err := range s.Scan("k", zestor.Range{}) {
 		check(t, err)
@@ -6918,40 +6759,26 @@ func TestWatchEndsAtOnce(t *testing.T) {
 // Without WAL somebody's lock keeps everybody from reading. A watch waits for
 // its end, however long that takes.
 func TestWatchLockedOut(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
-	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: 50 * time.Millisecond})
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{DisableWAL: true, BusyTimeout: 50 * time.Millisecond})
 	fileOK(t)(s.Set("k", "a", "1"))
-	events, err := s.Watch(t.Context(), "k")
-	check(t, err)
-	db, err := sql.Open("sqlite3", path)
-	check(t, err)
-	defer db.Close()
-	db.SetMaxOpenConns(1)
-	for _, q := range []string{`PRAGMA busy_timeout = 5000`, `BEGIN EXCLUSIVE`, `UPDATE zestor_kv SET value = '"2"'`} {
-		_, err := db.Exec(q)
-		check(t, err)
-	}
+	events := watchOn(t, s, "k")
+	db := fileDB(t, path)
+	check(t, rwErr(db.Exec(`BEGIN EXCLUSIVE; UPDATE zestor_kv SET value = '"2"'`)))
 	for range 5 { // each waits for BusyTimeout, so that the watch has too
-		_, _, err := s.Get("k", "a")
-		check(t, fileBad(err, "zestor: get k/a", "BusyTimeout"))
+		check(t, fileBad(rwErr(s.Get("k", "a")), "zestor: get k/a", "BusyTimeout"))
 	}
-	_, err = db.Exec(`COMMIT`)
-	check(t, err)
+	check(t, rwErr(db.Exec(`COMMIT`)))
 	rwEq(t, rwT(<-events), zestor.Event[string]{Type: zestor.EventUpdate, Kind: "k", Key: "a", Value: "2", Version: 2, Revision: 2})
 }
 
 // Nothing of a watch that ends meanwhile waits for that lock.
 func TestWatchEndsLockedOut(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
-	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: time.Hour})
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{DisableWAL: true, BusyTimeout: time.Hour})
 	fileOK(t)(s.Set("k", "a", "1"))
 	ctx, cancel := context.WithCancel(t.Context())
 	events, err := s.Watch(ctx, "k")
 	check(t, err)
-	db, err := sql.Open("sqlite3", path)
-	check(t, err)
-	defer db.Close()
-	db.SetMaxOpenConns(1)
+	db := fileDB(t, path)
 	check(t, rwErr(db.Exec(`BEGIN EXCLUSIVE`)))
 	time.Sleep(50 * time.Millisecond) // so that the tail waits already
 	cancel()
@@ -6970,8 +6797,7 @@ func TestFileReadOnlyUpdate(t *testing.T) {
 		check(t, err)
 		check(t, s.Update(func(tx zestor.ReadWriter[user]) error { return tx.SetMany("k", all) }))
 		err = s.Update(func(tx zestor.ReadWriter[user]) error {
-			_, err := tx.Set("k", "a", user{})
-			check(t, fileBad(err, "readonly"))
+			check(t, fileBad(rwErr(tx.Set("k", "a", user{})), "readonly"))
 			tx.SetMany("k", all)
 			return nil
 		})
@@ -6985,8 +6811,7 @@ func TestFileReadOnlyAmongRollbacks(t *testing.T) {
 	w := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_sync=OFF", DisableWAL: true})
 	fileOK(t)(w.Set("k", "a", "1"))
 	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?mode=ro"})
-	events, err := s.Watch(t.Context(), "k")
-	check(t, err)
+	events := watchOn(t, s, "k")
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -7043,8 +6868,7 @@ func TestScanOutlivesView(t *testing.T) {
 // A watch of large values has no room for many of them.
 func TestWatchOfLargeValues(t *testing.T) {
 	each(t, func(t *testing.T, s zestor.Store[[4096]byte]) {
-		ch, err := s.Watch(t.Context(), "k")
-		check(t, err)
+		ch := watchOn(t, s, "k")
 		if cap(ch) > 4 {
 			t.Errorf("an idle watch holds room for %d events", cap(ch))
 		}
@@ -7053,8 +6877,7 @@ func TestWatchOfLargeValues(t *testing.T) {
 
 // Without WAL, the wait for this store's own readers leaves BusyTimeout for other processes.
 func TestFileLockedAfterView(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
-	a := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: 500 * time.Millisecond})
+	a, path := watchFile(t, zestor.SQLiteOptions[string]{DisableWAL: true, BusyTimeout: 500 * time.Millisecond})
 	b := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true}) // else it would bring WAL
 	watchSet(t, a, "k", "a", "1")
 	var calls sync.WaitGroup
@@ -7116,13 +6939,10 @@ func TestFileLockIsForgotten(t *testing.T) {
 // Without WAL a COMMIT waits for the readers of other processes: for BusyTimeout, even if the call
 // has waited for its turn, and many calls at once not one after the other.
 func TestFileLockedCommit(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
 	const timeout = 500 * time.Millisecond
-	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: timeout})
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{DisableWAL: true, BusyTimeout: timeout})
 	watchSet(t, s, "k", "a", "1")
-	reader, err := sql.Open("sqlite3", path)
-	check(t, err)
-	defer reader.Close()
+	reader := fileDB(t, path)
 	read := func() *sql.Tx {
 		tx, err := reader.Begin()
 		check(t, err)
@@ -7140,12 +6960,11 @@ func TestFileLockedCommit(t *testing.T) {
 		})
 	})
 	<-begun
-	_, err = s.SetFn("k", "a", func(string) (string, error) {
+	fileOK(t)(s.SetFn("k", "a", func(string) (string, error) {
 		tx := read()
 		time.AfterFunc(timeout/8, func() { check(t, tx.Rollback()) })
 		return "2", nil
-	})
-	check(t, err)
+	}))
 	calls.Wait()
 	tx := read()
 	begin := time.Now()
@@ -7166,17 +6985,14 @@ func TestFileLockedCommit(t *testing.T) {
 
 // Nor does a COMMIT wait only for as long as the first of those that share it still may.
 func TestFileLockedGroup(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "a.db")
 	const timeout = time.Second
-	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true, BusyTimeout: timeout})
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{DisableWAL: true, BusyTimeout: timeout})
 	watchSet(t, s, "k", "a", "1")
-	db, err := sql.Open("sqlite3", path)
-	check(t, err)
-	defer db.Close()
+	db := fileDB(t, path)
+	db.SetMaxOpenConns(2)
 	writer, err := db.Conn(t.Context())
 	check(t, err)
-	_, err = writer.ExecContext(t.Context(), "BEGIN IMMEDIATE")
-	check(t, err)
+	check(t, rwErr(writer.ExecContext(t.Context(), "BEGIN IMMEDIATE")))
 	var calls sync.WaitGroup
 	calls.Go(func() { s.Set("k", "a", "2") }) // may be too late
 	time.Sleep(timeout * 8 / 10)
@@ -7186,8 +7002,7 @@ func TestFileLockedGroup(t *testing.T) {
 	check(t, err)
 	var n int
 	check(t, reader.QueryRow(`SELECT count(*) FROM zestor_kv`).Scan(&n))
-	_, err = writer.ExecContext(t.Context(), "ROLLBACK")
-	check(t, err)
+	check(t, rwErr(writer.ExecContext(t.Context(), "ROLLBACK")))
 	time.Sleep(timeout * 4 / 10)
 	check(t, reader.Rollback())
 	check(t, writer.Close())
@@ -8156,8 +7971,7 @@ func TestGoList(t *testing.T) {
 	if again, err := file.Revision(); err != nil || again != revision {
 		t.Errorf("revision after reopening: %d, %v; was %d", again, err, revision)
 	}
-	events, err := file.Watch(t.Context(), "packages", zestor.WithSince(50))
-	check(t, err)
+	events := watchOn(t, file, "packages", zestor.WithSince(50))
 	var resumed docEvents
 	for ev := range events {
 		if ev.Type == zestor.EventSynced {
@@ -9105,8 +8919,7 @@ func (db *benchDB) setMany(b *testing.B, keys []string, values []user) {
 func benchUpsertInto(b *testing.B, set *sql.Stmt, key string, v user) {
 	data, err := json.Marshal(v)
 	check(b, err)
-	_, err = set.Exec("users", key, data)
-	check(b, err)
+	check(b, rwErr(set.Exec("users", key, data)))
 }
 
 func BenchmarkSQLiteGet(b *testing.B) {
@@ -9416,8 +9229,7 @@ func TestMemoryOfWatch(t *testing.T) {
 	raw := zestor.NewCodec(func(v any) ([]byte, error) { return v.([]byte), nil }, json.Unmarshal)
 	o := zestor.SQLiteOptions[[]byte]{DSN: "file:" + filepath.Join(t.TempDir(), "a.db") + "?_sync=OFF", HistoryBytes: 1 << 30, Codec: raw}
 	s, other := openSQLite(t, o), openSQLite(t, o)
-	events, err := s.Watch(t.Context(), "small")
-	check(t, err)
+	events := watchOn(t, s, "small")
 	large := make([]byte, 4<<20)
 	var group sync.WaitGroup
 	defer group.Wait()
@@ -9484,8 +9296,7 @@ func TestMemoryOfChurn(t *testing.T) {
 			check(t, rwErr(s.Set(kind, "a", i)))
 			check(t, rwErr(s.Set("k", kind, i)))
 			for _, at := range [][2]string{{kind, "a"}, {"k", kind}} {
-				_, _, err := s.Delete(at[0], at[1])
-				check(t, err)
+				check(t, rwErr(s.Delete(at[0], at[1])))
 			}
 		}
 	}
@@ -9505,8 +9316,7 @@ func TestMemStoreAllocatesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := open(t, "memory", zestor.StoreOptions[user]{})
 		ctx, cancel := context.WithCancel(t.Context())
-		_, err := s.Watch(ctx, "users")
-		check(t, err)
+		check(t, rwErr(s.Watch(ctx, "users")))
 		n, values := 0, [2]user{benchUser(1, 0), benchUser(1, 1)}
 		s.Set("users", "a", values[0])
 		cancel()
@@ -9705,7 +9515,7 @@ func TestWALOfOneWriter(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			path := filepath.Join(t.TempDir(), "a.db")
-			fileStatements(t, path, fmt.Sprint("PRAGMA page_size = ", c.page), "PRAGMA journal_mode = WAL")
+			fileSQL(t, path, fmt.Sprint("PRAGMA page_size = ", c.page), "PRAGMA journal_mode = WAL")
 			o := zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"}
 			s := openSQLite(t, o)
 			key := func(i int) string { return fmt.Sprint(i * 7919 % 20_000) } // rarely two on a page
