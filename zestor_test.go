@@ -5043,6 +5043,7 @@ func TestFileContention(t *testing.T) {
 }
 
 func TestFileLocked(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	path := filepath.Join(t.TempDir(), "a.db")
 	fileMake(t, path, 10)
 	const timeout = 400 * time.Millisecond
@@ -5346,6 +5347,7 @@ func TestFilePermission(t *testing.T) {
 
 // Opening waits for BusyTimeout, also if the lock changes hands meanwhile.
 func TestFileOpenWaits(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	path := filepath.Join(t.TempDir(), "a.db")
 	fileSQL(t, path, fileOld, "CREATE TABLE other (x)")
 	db := fileDB(t, path)
@@ -5372,6 +5374,7 @@ func TestFileOpenWaits(t *testing.T) {
 
 // But a switch to WAL, which others can do without, waits for a second at most.
 func TestFileOpenBesideView(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	path := filepath.Join(t.TempDir(), "a.db")
 	o := zestor.SQLiteOptions[int]{DSN: path, DisableWAL: true, BusyTimeout: time.Hour}
 	s := openSQLite(t, o)
@@ -6691,6 +6694,7 @@ func TestWatchOfLargeValues(t *testing.T) {
 
 // Without WAL, the wait for this store's own readers leaves BusyTimeout for other processes.
 func TestFileLockedAfterView(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	a, path := watchFile(t, zestor.SQLiteOptions[string]{DisableWAL: true, BusyTimeout: 500 * time.Millisecond})
 	b := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path, DisableWAL: true}) // else it would bring WAL
 	watchSet(t, a, "k", "a", "1")
@@ -6714,6 +6718,7 @@ func TestFileLockedAfterView(t *testing.T) {
 
 // A lock that is gone makes no later call fail, whatever this store itself does meanwhile.
 func TestFileLockIsForgotten(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	for _, timeout := range []string{"0", "200"} {
 		for name, end := range map[string]func(){"panic": func() { panic("end") }, "Goexit": runtime.Goexit} {
 			t.Run(timeout+" "+name, func(t *testing.T) {
@@ -6753,6 +6758,7 @@ func TestFileLockIsForgotten(t *testing.T) {
 // Without WAL a COMMIT waits for the readers of other processes: for BusyTimeout, even if the call
 // has waited for its turn, and many calls at once not one after the other.
 func TestFileLockedCommit(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	const timeout = 500 * time.Millisecond
 	s, path := watchFile(t, zestor.SQLiteOptions[string]{DisableWAL: true, BusyTimeout: timeout})
 	watchSet(t, s, "k", "a", "1")
@@ -6799,6 +6805,7 @@ func TestFileLockedCommit(t *testing.T) {
 
 // Nor does a COMMIT wait only for as long as the first of those that share it still may.
 func TestFileLockedGroup(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	const timeout = time.Second
 	s, path := watchFile(t, zestor.SQLiteOptions[string]{DisableWAL: true, BusyTimeout: timeout})
 	watchSet(t, s, "k", "a", "1")
@@ -9391,6 +9398,7 @@ func TestWALOfOneWriter(t *testing.T) {
 // While a store waits for the readers of a long WAL, which may be for longer than
 // its BusyTimeout, whoever else waits for no longer than that can write.
 func TestWALRestartLetsOthersWrite(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	path := filepath.Join(t.TempDir(), "a.db")
 	s := openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF", BusyTimeout: 100 * time.Millisecond})
 	fileOK(t)(s.Set("k", "a", ""))
