@@ -6863,30 +6863,6 @@ func TestWatchStuckCodec(t *testing.T) {
 	}
 }
 
-// replay left in the channel makes live sends block; what was delivered still counts
-func TestWatchOverflowAfterReplay(t *testing.T) {
-	for i := range 2000 {
-		s := zestor.NewMemStore[int](zestor.StoreOptions[int]{})
-		ch, err := s.Watch(context.Background(), "k", zestor.WithInitialReplay(), zestor.WithBufferSize(1))
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.Set("k", "a", 1)
-		if i%2 == 0 {
-			time.Sleep(20 * time.Microsecond)
-		}
-		<-ch // synced
-		if ev := <-ch; ev.Key != "a" {
-			t.Fatal(ev)
-		}
-		s.Set("k", "b", 2) // the watch holds nothing: limit 1 must take it
-		if ev := <-ch; ev.Type != zestor.EventCreate {
-			t.Fatalf("round %d: %v", i, ev)
-		}
-		s.Close()
-	}
-}
-
 // FuzzStores runs inputs on four types of values. Of the first byte, bits 0 and
 // 1 choose the type, 2 a CompareFn, 3 a codec other than JSON, 4 no WAL, 5 and 6
 // HistoryBytes, and 7 that the two stores of the file differ in that.
