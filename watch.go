@@ -58,7 +58,7 @@ func WithSince(revision int64) WatchOption {
 	return func(o *watchOptions) { o.resume, o.since = true, revision }
 }
 
-// WithPrefix sends only events of keys that start with it.
+// WithPrefix sends only changes of keys that start with it, and the replay's EventSynced.
 func WithPrefix(prefix string) WatchOption { return func(o *watchOptions) { o.prefix = prefix } }
 
 // WithEventTypes sends only these of create, update and delete, none if it is given none; any other

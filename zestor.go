@@ -170,7 +170,8 @@ type Watcher[T any] interface {
 	// committed it takes no more: it delivers what it holds, then an [EventError] with
 	// [ErrWatchOverflow]. Watching again with [WithSince] of that event's Revision goes on exactly
 	// there. If that is answered by [ErrCompacted], or the Revision is -1 since an initial replay
-	// broke off, start over with an empty state and [WithInitialReplay].
+	// broke off, start over with an empty state and [WithInitialReplay]. In SQLite a watch also ends, with
+	// ErrCompacted, if one transaction writes more than the file keeps, see SQLiteOptions.HistoryBytes.
 	//
 	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what
 	// is then undelivered is dropped, but for up to 65 events that are in the channel or on their way.
