@@ -200,7 +200,10 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 		return err
 	}
 	s.idle = []*conn{c}
-	s.file, _ = os.Stat(s.path)
+	if s.file, err = os.Stat(s.path); err != nil && s.path != "" {
+		c.Close()
+		return err
+	}
 	err = c.retry(func() error { return c.transaction("BEGIN", c.upgrade) }) // anew if another process has been faster
 	mode := "PRAGMA journal_mode = WAL"
 	if disableWAL || s.mode == "ro" {
@@ -805,7 +808,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 func (c *core[T, V]) tail(since int64) {
 	for wait := pollInterval; since >= 0; {
 		var changes []*Event[V]
-		newest, lost, room := c.hub.newest.Load(), int64(0), groupBytes
+		newest, lost, room, before := c.hub.newest.Load(), int64(0), groupBytes, since
 		err := c.engine.read(false, func(s snapshot[V]) error {
 			any(s).(*conn).busyTimeout = 10 * lockPoll // Close may wait for this
 			if s.revision() < newest {                 // somebody has restored an older state
@@ -820,6 +823,8 @@ func (c *core[T, V]) tail(since int64) {
 		})
 		if errors.Is(err, errLocked) { // which ends some time
 			err = nil
+		} else if err != nil && err != ErrCompacted {
+			changes, since = nil, before // without its directory SQLite may read what a failed commit left
 		}
 		if since = c.hub.publish(since, lost, err, changes...); len(changes) > 0 {
 			wait = pollInterval / 4
