@@ -617,8 +617,8 @@ const orUpdate = ` ON CONFLICT (kind, key) DO UPDATE SET
 	value = excluded.value, version = version + 1, updated_at = excluded.updated_at, revision = excluded.revision`
 
 func (c *conn) put(kind, key string, value []byte) {
-	c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?, ?, ?, ?, ifnull(1 + `+lastRevision+`, 1))`+orUpdate,
-		kind, key, value, now())
+	c.exec(`INSERT INTO zestor_kv (kind, key, value, updated_at, revision) VALUES (?, ?, ?, ?, ifnull(1 + `+lastRevision+`, 1))`+
+		orUpdate, kind, key, value, now())
 	c.wrote(1, len(kind)+len(key)+len(value))
 }
 

@@ -40,7 +40,7 @@
 //
 // There is one writer at a time. In a file in WAL mode a long Scan or View lets the write-ahead log
 // grow, and may hold up writers for 3 seconds or so; elsewhere they wait until a View returns. Each
-// Scan or View that is under way takes a file descriptor, which SQLite keeps for the next until Close.
+// Scan or View under way takes two file descriptors. SQLite keeps one of them for the next, until Close.
 // A watch first reads its whole replay into memory. Whoever stops reading its channel should end its
 // context. In memory 0 equals -0, and NaN not itself; in SQLite that is up to their encodings.
 package zestor

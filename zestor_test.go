@@ -4578,7 +4578,9 @@ func TestFileUpgrade(t *testing.T) {
 			path := filepath.Join(dir, "a.db")
 			fileOldest(t, path, mode, 100)
 			before := fileTree(t, dir)
-			check(t, fileBad(rwErr(fileOpen(fileURI(path, "mode=ro"))), path, "upgrade"))
+			for _, params := range []string{"mode=ro", "immutable=1"} {
+				check(t, fileBad(rwErr(fileOpen(fileURI(path, params))), path, "upgrade"))
+			}
 			fileSame(t, dir, before)
 			check(t, fileUpgraded(path, 100))
 			check(t, fileUpgraded(path, 100)) // once is enough
@@ -5415,6 +5417,63 @@ func TestFileRemovedAtOnce(t *testing.T) {
 		check(t, os.Remove(path))
 		check(t, fileBad(rwErr(s.Set("k", "a", 3)), path, "set k/a"))
 	}
+}
+
+// A store that could be opened while its directory came and went can write when it is there again.
+func TestFileOpenedInTheMoment(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "d")
+	check(t, os.Mkdir(dir, 0o700))
+	fileMake(t, filepath.Join(dir, "a.db"), 1)
+	opened := 0
+	for range 100 {
+		done, stopped := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(stopped)
+			for {
+				os.Rename(dir, dir+"gone")
+				runtime.Gosched()
+				os.Rename(dir+"gone", dir)
+				select {
+				case <-done:
+					return
+				case <-time.After(100 * time.Microsecond):
+				}
+			}
+		}()
+		s, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[user]{DSN: filepath.Join(dir, "a.db"), DisableWAL: true, BusyTimeout: 100 * time.Millisecond})
+		close(done)
+		<-stopped
+		if err == nil {
+			opened++
+			s.Set("k", "a", user{Age: -opened}) // finds out if the connection can only read, and drops it
+			fileOK(t)(s.Set("k", "a", user{Age: opened}))
+			check(t, s.Close())
+		}
+	}
+	t.Logf("%d of 100 were opened", opened)
+	fileEqual(t, "some were opened", opened > 0, true)
+}
+
+// Without WAL and without its directory SQLite takes what a failed commit left for the file's state.
+// That is no event, and not where a watch has come to.
+func TestFileCommitWithoutDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "d")
+	check(t, os.Mkdir(dir, 0o700))
+	o := zestor.SQLiteOptions[string]{DSN: filepath.Join(dir, "a.db"), DisableWAL: true}
+	a, b := openSQLite(t, o), openSQLite(t, o)
+	watchSet(t, a, "k", "x", "old")
+	events := watchOn(t, b, "k")
+	err := a.Update(func(tx zestor.ReadWriter[string]) error {
+		defer os.Rename(dir, dir+"gone")
+		return rwErr(tx.Set("k", "x", "new"))
+	})
+	check(t, fileBad(err, "update"))
+	ev, _ := watchNext(t, events)
+	rwEq(t, rwT(ev.Type, ev.Revision), zestor.EventError, int64(1))
+	check(t, os.Rename(dir+"gone", dir))
+	watchSet(t, b, "k", "y", "other")
+	resumed := watchOn(t, b, "k", zestor.WithSince(ev.Revision))
+	watchWant(t, resumed, "create y=other v1 r2", "synced r2")
 }
 
 func TestFileRemoved(t *testing.T) {
