@@ -3465,6 +3465,70 @@ func TestFileDumped(t *testing.T) {
 	watchWant(t, ch, watchFill(t, b, "k", 1)...)
 }
 
+// The README's way to back up, while somebody writes.
+func TestFileBackup(t *testing.T) {
+	watchHasShell(t)
+	s, path := watchFile(t, zestor.SQLiteOptions[int]{})
+	set := func(i int) error {
+		return s.Update(func(tx zestor.ReadWriter[int]) error {
+			return errors.Join(rwErr(tx.Set("k", "a", i)), rwErr(tx.Set("k", "b", i)))
+		})
+	}
+	check(t, set(1))
+	ctx, stop := context.WithCancel(t.Context())
+	var group sync.WaitGroup
+	group.Go(func() {
+		for i := 2; ctx.Err() == nil; i++ {
+			check(t, set(i))
+		}
+	})
+	for range 5 {
+		backup := filepath.Join(t.TempDir(), "backup.db")
+		out, err := watchShell(t, path, fileReadme(t, "VACUUM INTO 'backup.db'", "backup.db", backup))
+		if err != nil {
+			t.Fatal(err, out)
+		}
+		b := openSQLite(t, zestor.SQLiteOptions[int]{DSN: backup})
+		e := rwEntry(t, b, "k", "b")
+		rwEq(t, rwT(b.Get("k", "a")), e.Value, true, nil)
+		rwEq(t, rwT(e.Version, e.Revision, watchRevision(t, b)), int64(e.Value), int64(2*e.Value), int64(2*e.Value))
+		rwEq(t, rwT(b.SetIf("k", "b", 0, e.Revision)), e.Revision+1, nil) // goes on
+	}
+	stop()
+	group.Wait()
+}
+
+// The README's way to wipe a deleted secret leaves nothing of it.
+func TestFileWiped(t *testing.T) {
+	watchHasShell(t)
+	s, path := watchFile(t, zestor.SQLiteOptions[string]{})
+	watchSet(t, s, "k", "secret", "swordfish")
+	rwEq(t, rwT(s.Delete("k", "secret")), true, "swordfish", nil)
+	watchSet(t, s, "k", "a", "1")
+	check(t, s.Close())
+	found := func() (n int) {
+		for _, text := range fileTree(t, filepath.Dir(path)) {
+			n += strings.Count(text, "swordfish") + strings.Count(text, "secret")
+		}
+		return n
+	}
+	fileEqual(t, "it was there", found() > 0, true)
+	check(t, rwErr(watchShell(t, path, fileReadme(t, "DELETE FROM zestor_log; VACUUM; PRAGMA wal_checkpoint(TRUNCATE)"))))
+	fileEqual(t, "secrets left", found(), 0)
+	fileEqual(t, "revision", watchRevision(t, openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})), 3)
+}
+
+// fileReadme is SQL that README.md tells to type, with the old words replaced by the new.
+func fileReadme(t testing.TB, sql string, oldnew ...string) string {
+	t.Helper()
+	text, err := os.ReadFile("README.md")
+	check(t, err)
+	if !strings.Contains(string(text), `"`+sql+`"`) {
+		t.Errorf("README.md does not say %q", sql)
+	}
+	return strings.NewReplacer(oldnew...).Replace(sql)
+}
+
 // watchLog looks into the log by other means.
 func watchLog(t testing.TB, path string) (rows, size, oldest, newest int64) {
 	t.Helper()
