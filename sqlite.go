@@ -789,6 +789,11 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 		}
 	}
 	s.room = max((maxWAL-length*s.page)/2, maxWAL/16)
+	if length*s.page >= maxWAL { // tries of 10 ms would miss the end of reads that are longer while others write
+		wait := func(d time.Duration) { c.exec(fmt.Sprint(`PRAGMA busy_timeout = `, d.Milliseconds())) }
+		wait(min(40*lockPoll, s.busyTimeout/4))
+		defer wait(lockPoll)
+	}
 	for start := time.Now(); length*s.page >= maxWAL && c.err == nil && time.Since(start) < 3300*time.Millisecond; {
 		s.room = length * s.page
 		for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
