@@ -440,7 +440,7 @@ func (st *store[T, V]) GetEntry(kind, key string) (Entry[T], bool, error) {
 func (st *store[T, V]) entry(op, kind, key string, whole bool) (e Entry[T], ok bool, err error) {
 	err = st.call(&place{op, kind, key}, func() error {
 		found, err := st.find(kind, key, whole)
-		if ok = found.Key != ""; ok {
+		if ok = err == nil && found.Key != ""; ok {
 			e, err = st.decodeEntry(found)
 		}
 		return err

@@ -5524,7 +5524,7 @@ func TestFileOpenedInTheMoment(t *testing.T) {
 }
 
 // Without WAL and without its directory SQLite takes what a failed commit left for the file's state.
-// That is no event, and not where a watch has come to.
+// That is not read, is no event, and not where a watch has come to.
 func TestFileCommitWithoutDirectory(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "d")
 	check(t, os.Mkdir(dir, 0o700))
@@ -5539,6 +5539,13 @@ func TestFileCommitWithoutDirectory(t *testing.T) {
 	check(t, fileBad(err, "update"))
 	ev, _ := watchNext(t, events)
 	rwEq(t, rwT(ev.Type, ev.Revision), zestor.EventError, int64(1))
+	check(t, fileBad(rwErr(b.List("k")), "list k"))
+	value, ok, err := b.Get("k", "x")
+	check(t, fileBad(err, "get k/x"))
+	rwEq(t, rwT(value, ok), "", false)
+	entry, ok, err := b.GetEntry("k", "x")
+	check(t, fileBad(err, "getentry k/x"))
+	rwEq(t, rwT(entry, ok), zestor.Entry[string]{}, false)
 	check(t, os.Rename(dir+"gone", dir))
 	watchSet(t, b, "k", "y", "other")
 	resumed := watchOn(t, b, "k", zestor.WithSince(ev.Revision))
