@@ -390,7 +390,7 @@ func (c *conn) retry(fn func() error) error {
 			return err
 		}
 		time.Sleep(lockPoll / 10) // for some locks SQLite does not wait at all
-		if c.busyTimeout = left - time.Since(start); c.busyTimeout <= 0 {
+		if c.busyTimeout = left - time.Since(start); c.busyTimeout <= 0 && !rollback {
 			return fmt.Errorf("%w: %w", errLocked, err)
 		}
 	}
