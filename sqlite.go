@@ -115,7 +115,7 @@ type SQLiteOptions[T any] struct {
 	StoreOptions[T]
 	DSN          string        // where the data is, see NewSQLiteStore
 	Codec        Codec         // nil: JSON
-	BusyTimeout  time.Duration // how long a call waits for another process's lock; 0: what the DSN says, or 5 s
+	BusyTimeout  time.Duration // how long a call waits for another store's lock; 0: what the DSN says, or 5 s
 	DisableWAL   bool          // a new file gets SQLite's rollback journal; an existing one keeps its mode
 	HistoryBytes int64         // how much of the newest changes the file keeps for watchers; 0: 16 MiB
 }
@@ -124,20 +124,21 @@ type SQLiteOptions[T any] struct {
 // of the multi-package Zestor is upgraded. Any other, and one that a newer Zestor wrote, is refused
 // with an error that names it, and left as it is.
 //
-// The DSN is a path, taken literally; or a URI "file:path?parameters" with %-escapes; or ":memory:"
-// for a private store that ends with Close. The parameters are mode (ro, rw, rwc), immutable,
+// The DSN is a path, taken literally, without a ?; or a URI "file:path?parameters" with %-escapes; or
+// ":memory:" for a private store that ends with Close. The parameters are mode (ro, rw, rwc), immutable,
 // _synchronous or _sync (SQLite's levels; FULL if absent), and _busy_timeout or _timeout in
 // milliseconds; cache is ignored; any other is an error. With mode=ro the file must be a Zestor
-// file of this version, and a write that would change it fails. To read a file in WAL mode, SQLite
-// must be able to write its directory, or be told with immutable=1 that nobody changes the file;
-// then it is opened read-only, and changes that are still in a -wal beside it are not seen.
+// file of this version, and a write that would change it fails. To read a file in WAL mode, SQLite must
+// find its -wal and -shm or be able to make them, or be told with immutable=1 that nobody changes the
+// file; then it is opened read-only, and changes that are still in a -wal beside it are not seen.
 //
 // Without DisableWAL a file that is not in WAL mode is switched to it if possible, which it is not
-// while others use the file. In the other modes readers and writers wait for each other.
+// while others use the file. In the other modes readers and writers wait for each other, and
+// readers also behind a writer that waits.
 //
 // HistoryBytes counts kinds, keys, values, and 64 bytes a change; when it is full, a sixteenth of it
 // is freed. The newest change is always kept; with different limits on one file the smallest wins, step
-// by step as its store writes. The file does not shrink. BusyTimeout is not for waiting for own calls.
+// by step as its store writes. The file does not shrink. BusyTimeout is not for own calls.
 //
 // Several processes, and several stores of different types that keep to their own kinds, may have
 // one file open. The package must be built with cgo.

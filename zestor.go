@@ -1,5 +1,5 @@
 // Package zestor is a typed key-value store that a program can watch: a map in memory, or one
-// SQLite file for data that must survive. Both behave the same: to swap them, change one line.
+// SQLite file for data that must survive. Both behave the same: to swap them, change the call that makes it.
 //
 //	s, err := zestor.NewSQLiteStore(zestor.SQLiteOptions[User]{DSN: "app.db"})
 //	if err != nil {
@@ -105,7 +105,7 @@ type Reader[T any] interface {
 	// other error comes with a zero Entry and ends it.
 	//
 	// A SQLite file in WAL mode streams in constant memory, in View too. In Update, in ":memory:",
-	// without WAL and in the memory store what r selects is collected first.
+	// without WAL, with immutable=1 and in the memory store what r selects is collected first.
 	Scan(kind string, r Range) iter.Seq2[Entry[T], error]
 
 	// Revision returns the number of the newest committed change, 0 for a new store; in Update that
@@ -205,7 +205,8 @@ type Store[T any] interface {
 	// Close waits for calls under way, ends every watch, and leaves no goroutine and no open file
 	// behind. Calls that begin meanwhile may get [ErrClosed]. A Scan that [iter.Pull] holds is under
 	// way until it is stopped, or the View that it is in has returned. Called again, Close returns
-	// nil, after the first has finished. A callback or the body of a Scan must not call it.
+	// nil, after the first has finished. A callback or the body of a Scan must not call it. SQLite may
+	// keep files open for as long as another store of the process has the same one open.
 	Close() error
 }
 
