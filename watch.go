@@ -81,7 +81,7 @@ type watchOptions struct {
 }
 
 func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (ch <-chan Event[T], err error) {
-	w := &watch[T, V]{kind: kind, wake: make(chan struct{}, 1)}
+	w := &watch[T, V]{kind: kind, ctx: ctx, wake: make(chan struct{}, 1)}
 	w.limit, w.counted.L = DefaultWatchBufferSize, &w.mu
 	var ended error // ctx's, which comes back as it is
 	err = st.call(&place{"watch", kind}, func() error {
@@ -106,7 +106,6 @@ func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOpti
 			ended = ctx.Err()
 			return ended
 		}
-		w.ctx, w.cancel = context.WithCancel(ctx)
 		size := int(reflect.TypeFor[Event[T]]().Size())
 		w.ch = make(chan Event[T], max(1, min(w.limit, 64, 16<<10/size))) // at most 16 KiB, or one
 		if err := st.begin(w); err != nil {
@@ -176,7 +175,7 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 			}
 			ch, sent = nil, false
 		}
-		ended = ended || w.ctx.Err() != nil
+		ended = ended || w.ctx.Err() != nil || c.hub.ended.Load()
 		w.blocked = ch != nil && !ended
 		w.counted.Signal() // now queue and ch hold just what is undelivered
 		var next *Event[V]
@@ -210,11 +209,11 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 // this order: the engine's, mu, then a watch's mu.
 type hub[T, V any] struct {
 	watched atomic.Bool   // whether there are watches
+	ended   atomic.Bool   // the store closes, and with it every watch
 	wake    chan struct{} // wakes the tail, which publishes; nil: there is none, the writers publish
 
 	mu      sync.Mutex     // held while publishing, so that events stay in order
 	watches []*watch[T, V] // protected by mu
-	ended   bool           // protected by mu; the store closes
 	tailing bool           // protected by mu; the tail runs
 	newest  atomic.Int64   // changed under mu, read without; the revision that the file is known to have come to
 	gone    sync.Cond      // on mu; signaled when a watch or the tail is gone, for Close
@@ -227,9 +226,6 @@ func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	w.from = s.revision()
-	if h.ended {
-		w.cancel()
-	}
 	if w.from < h.newest.Load() { // somebody has restored an older state, which the tail will find
 		return ErrCompacted
 	}
@@ -245,7 +241,6 @@ func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) error {
 
 // remove forgets w. After the last watch the tail ends, which it is woken for.
 func (h *hub[T, V]) remove(w *watch[T, V]) {
-	w.cancel() // gives back what the context holds
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.watches = slices.DeleteFunc(h.watches, func(other *watch[T, V]) bool { return other == w })
@@ -292,9 +287,9 @@ func (h *hub[T, V]) publish(since, lost int64, err error, changes ...*Event[V]) 
 func (h *hub[T, V]) end() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.ended = true
+	h.ended.Store(true)
 	for _, w := range h.watches {
-		w.cancel()
+		try(w.wake, struct{}{})
 	}
 }
 
@@ -312,13 +307,12 @@ func (h *hub[T, V]) wait() {
 // ch. It ends with ctx, or after an EventError.
 type watch[T, V any] struct {
 	watchOptions
-	kind   string
-	ctx    context.Context // ends with the caller's, or when the store closes
-	cancel context.CancelFunc
-	ch     chan Event[T]
-	from   int64         // live changes come after this revision
-	over   bool          // protected by the hub's mu; it has got an EventError and takes no more
-	wake   chan struct{} // gets a token when there is something to do
+	kind string
+	ctx  context.Context
+	ch   chan Event[T]
+	from int64         // live changes come after this revision
+	over bool          // protected by the hub's mu; it has got an EventError and takes no more
+	wake chan struct{} // gets a token when there is something to do
 
 	mu      sync.Mutex
 	queue   []*Event[V] // protected by mu; what did not go into ch yet
