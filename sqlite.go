@@ -208,11 +208,9 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 		return err
 	}
 	s.idle = []*conn{c}
-	if s.file, err = os.Stat(s.path); err != nil && s.path != "" {
-		c.Close()
-		return err
+	if s.file, err = os.Stat(s.path); err == nil || s.path == "" {
+		err = c.retry(func() error { return c.transaction("BEGIN", c.upgrade) }) // anew if another process was faster
 	}
-	err = c.retry(func() error { return c.transaction("BEGIN", c.upgrade) }) // anew if another process has been faster
 	mode := "PRAGMA journal_mode = WAL"
 	if disableWAL || s.mode == "ro" {
 		mode = "PRAGMA journal_mode"
