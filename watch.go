@@ -166,6 +166,7 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 	var ch chan Event[T] // where to send it; nil: it is not
 	sent := false        // it has gone into ch, and is yet to be counted
 	for {
+		over := w.ctx.Err() != nil || c.hub.ended.Load()
 		w.mu.Lock()
 		if sent || try(ch, ev) { // else ch is nil or full: select can send only after the consumer has taken one
 			ended = w.queue[0].Type == EventError
@@ -175,7 +176,7 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 			}
 			ch, sent = nil, false
 		}
-		ended = ended || w.ctx.Err() != nil || c.hub.ended.Load()
+		ended = ended || over
 		w.blocked = ch != nil && !ended
 		w.counted.Signal() // now queue and ch hold just what is undelivered
 		var next *Event[V]
@@ -308,7 +309,7 @@ func (h *hub[T, V]) wait() {
 type watch[T, V any] struct {
 	watchOptions
 	kind string
-	ctx  context.Context
+	ctx  context.Context // the caller's
 	ch   chan Event[T]
 	from int64         // live changes come after this revision
 	over bool          // protected by the hub's mu; it has got an EventError and takes no more

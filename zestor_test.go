@@ -6666,13 +6666,30 @@ func TestFileSetManyInLittleMemory(t *testing.T) {
 	fileGet(t, 32)(s.Count("k"))
 }
 
+// ownContext is a context that the standard library has not made, and can only wait for.
+type ownContext struct {
+	context.Context
+	done chan struct{}
+}
+
+func (c ownContext) Done() <-chan struct{} { return c.done }
+
+func (c ownContext) Err() error {
+	select {
+	case <-c.done:
+		return context.Canceled
+	default:
+		return nil
+	}
+}
+
 // What is undelivered when ctx ends is dropped, also under a consumer that keeps pace.
 func TestWatchEndsAtOnce(t *testing.T) {
-	ctx, cancel := context.WithCancel(t.Context())
+	ctx := ownContext{t.Context(), make(chan struct{})}
 	decoded := 0
 	codec := zestor.NewCodec(json.Marshal, func(data []byte, v any) error {
 		if decoded++; decoded == 100 {
-			cancel()
+			close(ctx.done)
 		}
 		return json.Unmarshal(data, v)
 	})
