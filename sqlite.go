@@ -791,23 +791,23 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 		c.exec(`PRAGMA wal_autocheckpoint = 2900`) // pages, not 1000: rarely, but before this has to
 	}
 	s.page = max(1, as[int64](c.exec(`PRAGMA page_size`)))
-	length := maxWAL / s.page                                // of the log, in frames
-	for log := range c.rows(`PRAGMA wal_checkpoint(NOOP)`) { // only says how long it is, or that it is busy
+	length := int64(maxWAL)                                  // of the log
+	for log := range c.rows(`PRAGMA wal_checkpoint(NOOP)`) { // only says how many pages it has, or that it is busy
 		if log[0] == int64(0) {
-			length = as[int64](log[1])
+			length = as[int64](log[1]) * s.page
 		}
 	}
-	s.room = max((maxWAL-length*s.page)/2, maxWAL/16)
-	if length*s.page >= maxWAL { // tries of 10 ms would miss the end of reads that are longer while others write
+	s.room = max((maxWAL-length)/2, maxWAL/16)
+	if length >= maxWAL { // tries of 10 ms would miss the end of reads that are longer while others write
 		wait := func(d time.Duration) { c.exec(fmt.Sprint(`PRAGMA busy_timeout = `, d.Milliseconds())) }
 		wait(min(40*lockPoll, s.busyTimeout/4))
 		defer wait(lockPoll)
 	}
-	for start := time.Now(); length*s.page >= maxWAL && c.err == nil && time.Since(start) < 3300*time.Millisecond; {
-		s.room = length * s.page
+	for start := time.Now(); length >= maxWAL && c.err == nil && time.Since(start) < 3300*time.Millisecond; {
+		s.room = length
 		for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
-			frames := as[int64](log[1]) // -1 while another restarts it
-			if log[0] == int64(0) || 0 <= frames && frames < length {
+			now := as[int64](log[1]) * s.page // negative while another restarts it
+			if log[0] == int64(0) || 0 <= now && now < length {
 				length, s.room = 0, maxWAL/2 // here or elsewhere it is done
 			}
 		}
