@@ -187,20 +187,13 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	if err = s.parse(text); err != nil {
 		return err
 	}
-	file, err := os.Stat(s.path)
-	if err == nil && !file.Mode().IsRegular() {
+	if file, err := os.Stat(s.path); err == nil && !file.Mode().IsRegular() {
 		return errors.New("not a regular file") // opening a FIFO might never return
 	} else if err == nil && (file.Size() == 1 || file.Size() == 0 && s.mode == "ro") {
 		return fmt.Errorf("not a database: it has %d bytes", file.Size()) // SQLite takes both for empty, and removes a WAL beside
 	} else if dir, _ := filepath.Split(s.path); err != nil && dir != "" {
 		if _, err = os.Stat(dir); err != nil {
 			return err // SQLite would make dir/file of dir/file/ and of dir/none/../file
-		}
-	}
-	for _, name := range []string{s.path + "-wal", s.path + "-shm"} { // if made while the file was read-only, they still are
-		beside, err := os.Lstat(name)
-		if err == nil && file != nil && s.mode != "ro" && beside.Mode().IsRegular() && beside.Mode() != file.Mode() {
-			os.Chmod(name, file.Mode())
 		}
 	}
 	c, err := s.connect()
