@@ -501,7 +501,7 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	}()
 	c.err, c.busyTimeout, c.changes, c.logged = nil, s.busyTimeout, 0, 0
 	err = fn(c)
-	if !s.wal && s.path != "" && !write && err == nil {
+	if !s.wal && s.path != "" && c.changes == 0 && err == nil {
 		err = s.moved() // if so, SQLite may have read what a failed commit left
 	}
 	return cmp.Or(c.err, err)

@@ -504,7 +504,7 @@ func (st *store[T, V]) Scan(kind string, r Range) iter.Seq2[Entry[T], error] {
 				return st.read(true, func(s snapshot[V]) { s.scan(kind, r, true, each) })
 			}
 			rows, err := st.collect(kind, r, true)
-			for i := 0; i < len(rows) && each(rows[i]); i++ {
+			for i := 0; err == nil && i < len(rows) && each(rows[i]); i++ {
 			}
 			return err
 		})

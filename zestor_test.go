@@ -5535,6 +5535,11 @@ func TestFileCommitWithoutDirectory(t *testing.T) {
 	ev, _ := watchNext(t, events)
 	rwEq(t, rwT(ev.Type, ev.Revision), zestor.EventError, int64(1))
 	check(t, fileBad(rwErr(b.List("k")), "list k"))
+	for e, err := range b.Scan("k", zestor.Range{}) {
+		check(t, fileBad(err, "scan k"))
+		rwEq(t, rwT(e), zestor.Entry[string]{})
+	}
+	check(t, fileBad(rwErr(b.Set("k", "x", "new")), "set k/x"))
 	value, ok, err := b.Get("k", "x")
 	check(t, fileBad(err, "get k/x"))
 	rwEq(t, rwT(value, ok), "", false)
