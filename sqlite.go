@@ -138,10 +138,12 @@ type SQLiteOptions[T any] struct {
 //
 // HistoryBytes counts kinds, keys, values, and 64 bytes a change; when it is full, a sixteenth of it
 // is freed. The newest change is always kept; with different limits on one file the smallest wins, step
-// by step as its store writes. The file does not shrink. BusyTimeout is not for own calls.
+// by step as its store writes. The file does not shrink.
 //
 // Several processes, and several stores of different types that keep to their own kinds, may have
-// one file open. The package must be built with cgo.
+// one file open. So that they find it free, a store that has locked it for longer than 20 ms waits before
+// its next write, for an eighth of that time and at most 0.1 s. Calls of one store wait for each other
+// without a limit. The package must be built with cgo.
 func NewSQLiteStore[T any](opts SQLiteOptions[T]) (Store[T], error) {
 	codec := cmp.Or[Codec](opts.Codec, JSON{})
 	e := &sqliteEngine{mode: "rwc", busyTimeout: opts.BusyTimeout, historyBytes: cmp.Or(opts.HistoryBytes, 16<<20),
@@ -176,6 +178,7 @@ type sqliteEngine struct {
 	// Only for whose turn it is.
 	locked time.Time // when the last transaction failed because of a lock; zero: it did not
 	looked time.Time // when the last write asked moved
+	free   time.Time // when the next write may begin
 	room   int64     // what may go into the WAL before restartWAL looks how long it is
 	page   int64     // the size of a page, once it has looked
 }
@@ -729,11 +732,14 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		}
 		s.looked = time.Now()
 	}
+	time.Sleep(time.Until(s.free)) // at once if it is over
 	return s.borrow(true, func(c *conn) error {
 		if c.busyTimeout -= max(0, s.locked.Sub(arrived)); c.busyTimeout < 0 {
 			return errLocked
 		}
+		begun := time.Now()
 		err := c.transaction("BEGIN IMMEDIATE", func() error { // in a read-only file this begins a read
+			begun = time.Now()
 			err := fn(c)
 			if err == nil && c.changes > 0 {
 				s.trim(c)
@@ -747,6 +753,11 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		if err == nil && c.changes > 0 {
 			try(s.wake, struct{}{})
 			s.restartWAL(c)
+		}
+		// Others look for the lock each few milliseconds, and with SQLite's own wait soon each 100 only: of
+		// long writes one after the other they would not find the end.
+		if held := time.Since(begun); held > 2*lockPoll && s.path != "" {
+			s.free = time.Now().Add(min(held/8, 10*lockPoll))
 		}
 		return err
 	})
@@ -791,13 +802,12 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 		}
 	}
 	s.room = max((maxWAL-length)/2, maxWAL/16)
-	if length >= maxWAL { // tries of 10 ms would miss the end of reads that are longer while others write
-		wait := func(d time.Duration) { c.exec(fmt.Sprint(`PRAGMA busy_timeout = `, d.Milliseconds())) }
-		wait(min(40*lockPoll, s.busyTimeout/4))
-		defer wait(lockPoll)
-	}
-	for start := time.Now(); length >= maxWAL && c.err == nil && time.Since(start) < 3300*time.Millisecond; {
+	start := time.Now()
+	wait := func(d time.Duration) { c.exec(fmt.Sprint(`PRAGMA busy_timeout = `, d.Milliseconds())) }
+	for length >= maxWAL && c.err == nil && time.Since(start) < 3300*time.Millisecond {
 		s.room = length
+		// A short try misses the end of long reads if others write between; a long one keeps them from it.
+		wait(max(lockPoll, min(40*lockPoll, s.busyTimeout/4-time.Since(start))))
 		for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
 			now := as[int64](log[1]) * s.page // negative while another restarts it
 			if log[0] == int64(0) || 0 <= now && now < length {
@@ -807,6 +817,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 		time.Sleep(max(lockPoll/100, min(2*lockPoll, time.Since(start)-s.busyTimeout/3*2)))
 	}
 	c.err = nil // the commit has succeeded
+	wait(lockPoll)
 }
 
 // tail publishes the changes after a revision until nobody waits for them. It looks after each commit

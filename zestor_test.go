@@ -3779,6 +3779,7 @@ func TestWatchAfterAnalyze(t *testing.T) {
 	check(t, s.Close())
 	s = openSQLite(t, zestor.SQLiteOptions[string]{DSN: "file:" + path + "?_synchronous=OFF"}) // time is measured
 	watchFill(t, s, "k", 100_000)
+	fileOK(t)(s.Set("k", "first", "")) // which first lets others write, after so long a transaction
 	ch := watchOn(t, s, "k")
 	db := fileDB(t, path)
 	var delivering, reading time.Duration
@@ -3796,7 +3797,7 @@ func TestWatchAfterAnalyze(t *testing.T) {
 		start = time.Now()
 		check(t, db.QueryRow(`SELECT count(*) FROM zestor_log WHERE type > ''`).Scan(&n))
 		reading += time.Since(start)
-		if want := 100_002 + i + (i+1)/2*9; n != want {
+		if want := 100_003 + i + (i+1)/2*9; n != want {
 			t.Fatalf("the log has %d rows, want %d", n, want)
 		}
 	}
@@ -5436,6 +5437,54 @@ func TestFileOpenWaits(t *testing.T) {
 	time.Sleep(2400 * time.Millisecond)
 	exec("ROLLBACK")
 	group.Wait()
+}
+
+// A store that writes one long transaction after the other leaves gaps in which others find the file free:
+// a store that looks for it each few milliseconds, and SQLite's own wait, which soon looks each 100.
+func TestFileLongTransactions(t *testing.T) {
+	for _, rollback := range []bool{false, true} {
+		t.Run(fmt.Sprintf("DisableWAL=%t", rollback), func(t *testing.T) {
+			t.Parallel() // it waits, most of the time
+			path := filepath.Join(t.TempDir(), "a.db")
+			o := zestor.SQLiteOptions[int]{DSN: path, DisableWAL: rollback}
+			long := openSQLite(t, o)
+			o.BusyTimeout = 2 * time.Second
+			other := openSQLite(t, o)
+			db := fileDB(t, path)
+			begun, stopped := make(chan struct{}), make(chan struct{})
+			go func() {
+				defer close(begun)
+				for i := 0; ; i++ {
+					check(t, long.Update(func(tx zestor.ReadWriter[int]) error {
+						select {
+						case begun <- struct{}{}:
+						default:
+						}
+						time.Sleep(200 * time.Millisecond)
+						return rwErr(tx.Set("k", "long", i))
+					}))
+					select {
+					case <-stopped:
+						return
+					default:
+					}
+				}
+			}()
+			for i := range 4 {
+				<-begun
+				if _, err := other.Set("k", "short", i); err != nil {
+					t.Error(err)
+				}
+				<-begun
+				_, err := db.Exec("INSERT INTO zestor_kv (kind, key, value) VALUES ('k', ?, 0)", fmt.Sprint(i))
+				if err != nil {
+					t.Error(err)
+				}
+			}
+			close(stopped)
+			<-begun
+		})
+	}
 }
 
 // But a switch to WAL, which others can do without, waits for a second at most.
