@@ -229,7 +229,6 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	return err
 }
 
-// parse takes what the DSN says into s.
 func (s *sqliteEngine) parse(text string) (err error) {
 	u := &url.URL{Path: text}
 	if strings.HasPrefix(text, "file:") {
@@ -483,6 +482,7 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	if c == nil {
 		if err = s.moved(); err == nil { // else SQLite would take the old file's WAL for the new one's
 			c, err = s.connect()
+			err = s.at(err)
 		}
 		if err != nil {
 			return err
@@ -507,7 +507,15 @@ func (s *sqliteEngine) borrow(write bool, fn func(*conn) error) (err error) {
 	if !s.wal && s.path != "" && c.changes == 0 && err == nil {
 		err = s.moved() // if so, SQLite may have read what a failed commit left
 	}
-	return cmp.Or(c.err, err)
+	return cmp.Or(s.at(c.err), err)
+}
+
+// at adds to an error of SQLite which file it is about.
+func (s *sqliteEngine) at(err error) error {
+	if err != nil {
+		err = fmt.Errorf("%s: %w", cmp.Or(s.path, ":memory:"), err)
+	}
+	return err
 }
 
 // read takes a slot unless it lasts: other reads may begin inside, and would wait for its slot for ever.
@@ -586,11 +594,10 @@ func (c *conn) count(kind string) int {
 
 func (c *conn) revision() int64 { return as[int64](c.exec(`SELECT max(revision) FROM zestor_log`)) }
 
-func (c *conn) failure() error { return c.err }
+func (c *conn) failure() error { return c.engine.at(c.err) }
 
 func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
-	// A look that finds few changes must stay cheap even after an ANALYZE of a short log, for which
-	// SQLite reads all of the log to find a range.
+	// After an ANALYZE of a short log SQLite reads all of it to find a range: so few are found one by one.
 	where, newest := `revision > ? ORDER BY revision`, c.revision()
 	switch {
 	case newest < since: // somebody has restored an older state
@@ -617,7 +624,6 @@ func (c *conn) history(since int64, each func(*Event[[]byte]) bool) error {
 	return c.engine.moved() // if so, changes go to another file
 }
 
-// orUpdate makes an update of an insert whose key is there.
 const orUpdate = ` ON CONFLICT (kind, key) DO UPDATE SET
 	value = excluded.value, version = version + 1, updated_at = excluded.updated_at, revision = excluded.revision`
 

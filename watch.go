@@ -47,7 +47,7 @@ type WatchOption func(*watchOptions)
 const DefaultWatchBufferSize = 65536
 
 // WithInitialReplay first sends every current entry, as creates in key order with the entry's own
-// version and revision, and then an EventSynced.
+// version and revision, and then an EventSynced, whose Revision is the first to go on from.
 func WithInitialReplay() WatchOption { return func(o *watchOptions) { o.initial = true } }
 
 // WithSince first sends every change after a revision, in order, and then an EventSynced. A SQLite

@@ -171,7 +171,9 @@ type Watcher[T any] interface {
 	// [ErrWatchOverflow]. Watching again with [WithSince] of that event's Revision goes on exactly
 	// there. If that is answered by [ErrCompacted], or the Revision is -1 since an initial replay
 	// broke off, start over with an empty state and [WithInitialReplay]. In SQLite a watch also ends, with
-	// ErrCompacted, if one transaction writes more than the file keeps, see SQLiteOptions.HistoryBytes.
+	// ErrCompacted, if more is written than the file keeps before it is read, as by one large transaction,
+	// see SQLiteOptions.HistoryBytes. Who hears little should watch again now and then, for a newer
+	// EventSynced to go on from.
 	//
 	// The channel closes once: when ctx ends, after an EventError, or when the store closes; what
 	// is then undelivered is dropped, but for up to 65 events that are in the channel or on their way.
@@ -726,9 +728,8 @@ func (st *store[T, V]) collect(kind string, r Range, whole bool) (rows []Entry[V
 	return rows, err
 }
 
-// maxSize is how many bytes SQLite takes of a kind, key and value together, with room for the rest
-// of a row; sqlite.org/limits.html, item 1.
-const maxSize = 1_000_000_000 - 1024
+// maxSize is how many bytes SQLite takes of kind, key and value together: sqlite.org/limits.html, item 1.
+const maxSize = 1_000_000_000 - 1024 // with room for the rest of a row
 
 var errNilFunc = errors.New("function is nil")
 

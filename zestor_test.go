@@ -5338,7 +5338,7 @@ var _ = child("file nobody", func(args []string) {
 	if must(err); !ok {
 		must(errors.New("0001 is gone"))
 	}
-	must(fileBad(rwErr(s.Set("k", "0001", user{Age: -1})), "set k/0001"))
+	must(fileBad(rwErr(s.Set("k", "0001", user{Age: -1})), "set k/0001", at("open", "readonly.db")))
 	must(s.SetMany("k", map[string]user{"0001": v})) // is there already
 	must(fileBad(s.SetMany("k", map[string]user{"0001": v, "0002": {Age: -1}}), "setmany k"))
 	must(s.Close())
