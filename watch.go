@@ -54,9 +54,7 @@ func WithInitialReplay() WatchOption { return func(o *watchOptions) { o.initial 
 // file keeps the newest changes, across restarts too, see SQLiteOptions.HistoryBytes. The memory
 // store keeps none: only the newest revision will do. One that the history does not reach from, too
 // old or new, is ErrCompacted; a negative one is another error, as is WithInitialReplay beside it.
-func WithSince(revision int64) WatchOption {
-	return func(o *watchOptions) { o.resume, o.since = true, revision }
-}
+func WithSince(revision int64) WatchOption { return func(o *watchOptions) { o.since = &revision } }
 
 // WithPrefix sends only changes of keys that start with it, and the replay's EventSynced.
 func WithPrefix(prefix string) WatchOption { return func(o *watchOptions) { o.prefix = prefix } }
@@ -73,11 +71,11 @@ func WithEventTypes(types ...EventType) WatchOption {
 func WithBufferSize(n int) WatchOption { return func(o *watchOptions) { o.limit = n } }
 
 type watchOptions struct {
-	initial, resume bool // whether WithInitialReplay, WithSince was given
-	since           int64
-	prefix          string
-	types           []EventType // nil: all
-	limit           int
+	initial bool   // whether WithInitialReplay was given
+	since   *int64 // nil: WithSince was not
+	prefix  string
+	types   []EventType // nil: all
+	limit   int
 }
 
 func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (ch <-chan Event[T], err error) {
@@ -92,10 +90,10 @@ func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOpti
 		}
 		unknown := func(t EventType) bool { return t != EventCreate && t != EventUpdate && t != EventDelete }
 		switch {
-		case w.initial && w.resume:
+		case w.initial && w.since != nil:
 			return errors.New("WithInitialReplay and WithSince exclude each other")
-		case w.since < 0:
-			return fmt.Errorf("negative revision %d", w.since)
+		case w.since != nil && *w.since < 0:
+			return fmt.Errorf("negative revision %d", *w.since)
 		case w.limit < 1:
 			return fmt.Errorf("buffer size %d is below 1", w.limit)
 		case slices.ContainsFunc(w.types, unknown):
@@ -132,16 +130,14 @@ func (c *core[T, V]) begin(w *watch[T, V]) error {
 	err := c.engine.read(true, func(s snapshot[V]) error {
 		if err := c.add(w, s); err != nil {
 			return err
-		}
-		if w.resume {
-			return s.history(w.since, replay)
-		}
-		if w.initial && w.wants(&Event[V]{Type: EventCreate, Kind: w.kind, Key: w.prefix}) {
+		} else if w.since != nil {
+			return s.history(*w.since, replay)
+		} else if w.initial && w.wants(&Event[V]{Type: EventCreate, Kind: w.kind, Key: w.prefix}) {
 			s.scan(w.kind, Range{Prefix: w.prefix}, true, func(e Entry[V]) bool { return replay(e.event(EventCreate)) })
 		}
 		return nil
 	})
-	if w.initial || w.resume {
+	if w.initial || w.since != nil {
 		past = append(past, &Event[V]{Type: EventSynced, Kind: w.kind, Revision: w.from})
 	}
 	w.mu.Lock()
