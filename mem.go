@@ -10,7 +10,6 @@ import (
 )
 
 // NewMemStore returns a store in memory, for caches, tests and scratch data. It keeps nothing after Close.
-// While View's function runs writers wait, and behind them new readers; while Update's runs all do.
 func NewMemStore[T any](opts StoreOptions[T]) Store[T] {
 	e := &memEngine[T]{hub: new(hub[T, T]), kinds: make(map[string]*memKind[T])}
 	return &memStore[T]{newStore(&core[T, T]{engine: e, hub: e.hub, options: opts, equal: equality[T](),

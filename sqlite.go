@@ -27,8 +27,7 @@ import (
 // complete. They also number the changes: a write that comes with the next revision is the store's
 // own and is only logged; to any other they give its version, revision and time.
 //
-// Files hold this text and upgrade compares it: to change one byte of createTable or createLog takes
-// a new schemaVersion and an upgrade.
+// Files hold createTable and createLog byte for byte: to change one takes a schemaVersion and an upgrade.
 //
 // The newest row of the log can't be deleted: it is where the store's revision is kept. position
 // counts the bytes logged before a row, so that to cut the log to a size takes no adding up.
@@ -133,8 +132,7 @@ type SQLiteOptions[T any] struct {
 // file; then it is opened read-only, and changes that are still in a -wal beside it are not seen.
 //
 // Without DisableWAL a file that is not in WAL mode is switched to it if possible, which it is not
-// while others use the file. In the other modes readers and writers wait for each other, and
-// readers also behind a writer that waits.
+// while others use the file.
 //
 // HistoryBytes counts kinds, keys, values, and 64 bytes a change; when it is full, a sixteenth of it
 // is freed. The newest change is always kept; with different limits on one file the smallest wins, step
@@ -215,8 +213,7 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 	s.wal = err == nil && as[string](c.exec(mode)) == "wal" // a file in use, or that can't have a WAL, keeps its mode
 	s.mode = strings.TrimSuffix(s.mode, "c")                // the file is there now, and not to be made again
 	if err != nil {
-		// If c were the last to close, SQLite would take into the file what a crash left in a WAL; a
-		// connection that only reads leaves it.
+		// Closing last, c would take into the file what a crash left in a WAL; one that only reads does not.
 		file, _ := filepath.EvalSymlinks(s.path)
 		if wal, err := os.Stat(file + "-wal"); err == nil && wal.Size() > 0 {
 			s.mode = "ro"
@@ -679,8 +676,7 @@ type request struct {
 	done    chan struct{} // closed after the commit
 }
 
-// write waits for its turn. Shared writes are group commit: whose turn it is does the work of all
-// that wait, and they return with it.
+// write waits for its turn. Shared writes are group commit: whose turn it is does the work of all.
 func (s *sqliteEngine) write(shared bool, fn func(transaction[[]byte]) error) error {
 	r := &request{fn: func(c *conn) error { return fn(c) }, arrived: time.Now()}
 	if !shared {
@@ -728,9 +724,8 @@ func (s *sqliteEngine) group() {
 	}
 }
 
-// transact is the one way to write, for whose turn it is. If the write before failed because of
-// another process's lock, what this one has waited until then counts against its BusyTimeout: who
-// queues for a locked file fails together, and not one after the other.
+// transact is the one way to write, in turn. If another's lock made the write before fail, what this one
+// has waited until then counts against its BusyTimeout: who queues for a locked file fails together.
 func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 	if s.durable || time.Since(s.looked) > time.Millisecond { // a look takes 6 % of a write without fsync
 		if err := s.moved(); err != nil {
@@ -784,12 +779,11 @@ func (s *sqliteEngine) trim(c *conn) {
 	}
 }
 
-// restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite
-// does so by itself only when nobody reads from it, a moment which overlapping readers never leave;
-// so this keeps the store from writing until the last of them has gone. One try waits at a place in
-// the log that later readers keep taken, so it takes several. Other stores write only between the
-// tries: little, until these have taken most of a BusyTimeout. If all are in vain, the log may double
-// before the next.
+// restartWAL makes the next write begin the write-ahead log anew when it has become long. SQLite does
+// so by itself only when nobody reads from it, a moment which overlapping readers never leave; so this
+// keeps the store from writing until the last has gone. One try waits at a place in the log that later
+// readers keep taken, so it takes several. Other stores write only between them: little, until they
+// have taken most of a BusyTimeout. If all are in vain, the log may double before the next.
 func (s *sqliteEngine) restartWAL(c *conn) {
 	// A change writes whole pages, of the table and of the log; and twice as much where it splits or joins
 	// pages, so that below this goes only half the way before it looks again.

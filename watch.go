@@ -202,8 +202,7 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 	}
 }
 
-// hub is the broadcast from a store's writers, or from its tail, to its watches. Locks are taken in
-// this order: the engine's, mu, then a watch's mu.
+// hub is the broadcast from writers, or the tail, to watches. Lock order: the engine's, mu, a watch's.
 type hub[T, V any] struct {
 	watched atomic.Bool   // whether there are watches
 	ended   atomic.Bool   // the store closes, and with it every watch

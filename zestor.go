@@ -39,10 +39,11 @@
 // # Caveats
 //
 // There is one writer at a time. In a file in WAL mode a long Scan or View lets the write-ahead log
-// grow, and may hold up writers for 3 seconds or so; elsewhere they wait until a View returns. Each
-// Scan or View under way takes two file descriptors. SQLite keeps one of them for the next, until Close.
-// A watch first reads its whole replay into memory. Whoever stops reading its channel should end its
-// context. In memory 0 equals -0, and NaN not itself; in SQLite that is up to their encodings.
+// grow, and may hold up writers for 3 seconds or so; elsewhere readers and writers wait for each other,
+// and readers also behind a writer that waits. In a file each Scan or View under way takes two file
+// descriptors, one of which SQLite keeps for the next until Close. A watch first reads its whole replay
+// into memory. Whoever stops reading its channel should end its context. In memory 0 equals -0, and NaN
+// not itself; in SQLite that is up to their encodings.
 package zestor
 
 import (
@@ -60,8 +61,7 @@ import (
 	"time"
 )
 
-// The errors to tell apart with [errors.Is]. They come wrapped in the operation, kind and key, but
-// for the last two in an [EventError].
+// The errors to tell apart with [errors.Is]: wrapped in operation, kind and key, or bare in an [EventError].
 var (
 	ErrClosed        = errors.New("zestor: store is closed")                   // any call on a closed store
 	ErrKindRequired  = errors.New("zestor: kind required")                     // a kind is empty
