@@ -104,6 +104,7 @@ func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOpti
 			ended = ctx.Err()
 			return ended
 		}
+		w.stop = context.AfterFunc(ctx, func() { try(w.wake, struct{}{}) })
 		size := int(reflect.TypeFor[Event[T]]().Size())
 		w.ch = make(chan Event[T], max(1, min(w.limit, 64, 16<<10/size))) // at most 16 KiB, or one
 		if err := st.begin(w); err != nil {
@@ -161,10 +162,16 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 	var ev Event[T]      // the first in queue, if it is decoded
 	var ch chan Event[T] // where to send it; nil: it is not
 	sent := false        // it has gone into ch, and is yet to be counted
+	done := w.ctx.Done() // not in the select below: in a synctest bubble it may be from outside
 	for {
-		over := w.ctx.Err() != nil || c.hub.ended.Load()
+		over := c.hub.ended.Load()
+		select {
+		case <-done:
+			over = true
+		default:
+		}
 		w.mu.Lock()
-		if sent || try(ch, ev) { // else ch is nil or full: select can send only after the consumer has taken one
+		if sent || !over && try(ch, ev) { // else ch is nil or full: select can send only after the consumer has taken one
 			ended = w.queue[0].Type == EventError
 			w.queue[0], ev = nil, Event[T]{} // hold no longer than needed
 			if w.queue = w.queue[1:]; len(w.queue) == 0 {
@@ -197,7 +204,6 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 		case ch <- ev:
 			sent = true
 		case <-w.wake:
-		case <-w.ctx.Done():
 		}
 	}
 }
@@ -237,6 +243,7 @@ func (c *core[T, V]) add(w *watch[T, V], s snapshot[V]) error {
 
 // remove forgets w. After the last watch the tail ends, which it is woken for.
 func (h *hub[T, V]) remove(w *watch[T, V]) {
+	w.stop()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.watches = slices.DeleteFunc(h.watches, func(other *watch[T, V]) bool { return other == w })
@@ -305,6 +312,7 @@ type watch[T, V any] struct {
 	watchOptions
 	kind string
 	ctx  context.Context // the caller's
+	stop func() bool     // its end wakes the watch no more
 	ch   chan Event[T]
 	from int64         // live changes come after this revision
 	over bool          // protected by the hub's mu; it has got an EventError and takes no more
