@@ -192,6 +192,8 @@ func (s *sqliteEngine) open(text string, disableWAL bool) (err error) {
 		return errors.New("not a regular file") // opening a FIFO might never return
 	} else if err == nil && (file.Size() == 1 || file.Size() == 0 && s.mode == "ro") {
 		return fmt.Errorf("not a database: it has %d bytes", file.Size()) // SQLite takes both for empty, and removes a WAL beside
+	} else if err != nil && s.mode != "rwc" && s.path != "" {
+		return err
 	} else if dir, _ := filepath.Split(s.path); err != nil && dir != "" {
 		if _, err = os.Stat(dir); err != nil {
 			return err // SQLite would make dir/file of dir/file/ and of dir/none/../file
@@ -727,18 +729,26 @@ func (s *sqliteEngine) group() {
 // transact is the one way to write, in turn. If another's lock made the write before fail, what this one
 // has waited until then counts against its BusyTimeout: who queues for a locked file fails together.
 func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
+	time.Sleep(min(time.Until(s.free), 10*lockPoll))          // a synctest bubble has its own clock
 	if s.durable || time.Since(s.looked) > time.Millisecond { // a look takes 6 % of a write without fsync
 		if err := s.moved(); err != nil {
 			return err // the next write looks again
 		}
 		s.looked = time.Now()
 	}
-	time.Sleep(time.Until(s.free)) // at once if it is over
 	return s.borrow(true, func(c *conn) error {
 		if c.busyTimeout -= max(0, s.locked.Sub(arrived)); c.busyTimeout < 0 {
-			return errLocked
+			c.err = errLocked
+			return c.err
 		}
-		begun := time.Now()
+		var begun time.Time
+		defer func() { // also after a panic or Goexit
+			// Others look for the lock each few milliseconds, and with SQLite's own wait soon each 100 only: of
+			// long writes one after the other they would not find the end.
+			if held := time.Since(begun); !begun.IsZero() && held > 2*lockPoll && s.path != "" && s.mode != "ro" {
+				s.free = time.Now().Add(min(held/8, 10*lockPoll))
+			}
+		}()
 		err := c.transaction("BEGIN IMMEDIATE", func() error { // in a read-only file this begins a read
 			begun = time.Now()
 			err := fn(c)
@@ -754,11 +764,6 @@ func (s *sqliteEngine) transact(arrived time.Time, fn func(*conn) error) error {
 		if err == nil && c.changes > 0 {
 			try(s.wake, struct{}{})
 			s.restartWAL(c)
-		}
-		// Others look for the lock each few milliseconds, and with SQLite's own wait soon each 100 only: of
-		// long writes one after the other they would not find the end.
-		if held := time.Since(begun); held > 2*lockPoll && s.path != "" {
-			s.free = time.Now().Add(min(held/8, 10*lockPoll))
 		}
 		return err
 	})

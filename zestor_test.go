@@ -4128,6 +4128,9 @@ func TestFileDSN(t *testing.T) {
 			}
 			s, err := fileOpen(strings.Replace(c.dsn, "DIR", dir, 1))
 			check(t, fileBad(err, c.parts...))
+			if strings.HasPrefix(c.name, "absent") {
+				fileEqual(t, "absent", errors.Is(err, os.ErrNotExist), true)
+			}
 			if s != nil {
 				t.Fatal("a store beside the error")
 			}
@@ -5455,14 +5458,20 @@ func TestFileLongTransactions(t *testing.T) {
 			go func() {
 				defer close(begun)
 				for i := 0; ; i++ {
-					check(t, long.Update(func(tx zestor.ReadWriter[int]) error {
-						select {
-						case begun <- struct{}{}:
-						default:
-						}
-						time.Sleep(200 * time.Millisecond)
-						return rwErr(tx.Set("k", "long", i))
-					}))
+					func() {
+						defer func() { recover() }()
+						check(t, long.Update(func(tx zestor.ReadWriter[int]) error {
+							select {
+							case begun <- struct{}{}:
+							default:
+							}
+							time.Sleep(200 * time.Millisecond)
+							if i%2 == 0 {
+								panic("also such a one is followed by a gap")
+							}
+							return rwErr(tx.Set("k", "long", i))
+						}))
+					}()
 					select {
 					case <-stopped:
 						return
@@ -5485,6 +5494,24 @@ func TestFileLongTransactions(t *testing.T) {
 			<-begun
 		})
 	}
+}
+
+// A write that waits to leave such a gap looks afterwards whether the file is still there.
+func TestFileRemovedInTheGap(t *testing.T) {
+	t.Parallel() // it waits, most of the time
+	path := filepath.Join(t.TempDir(), "a.db")
+	s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: path})
+	check(t, s.Update(func(tx zestor.ReadWriter[int]) error {
+		time.Sleep(900 * time.Millisecond)
+		return rwErr(tx.Set("k", "a", 1))
+	}))
+	first := make(chan error, 1)
+	go func() { first <- rwErr(s.Set("k", "b", 1)) }()
+	time.Sleep(30 * time.Millisecond)
+	check(t, os.Rename(path, path+".old"))
+	check(t, fileBad(rwErr(s.Set("k", "c", 1)), "set k/c"))
+	<-first
+	check(t, os.Rename(path+".old", path))
 }
 
 // But a switch to WAL, which others can do without, waits for a second at most.
@@ -6730,6 +6757,49 @@ func (c ownContext) Err() error {
 	default:
 		return nil
 	}
+}
+
+// lockedContext is a context whose error is under a program's lock.
+type lockedContext struct {
+	context.Context
+	mu sync.Mutex
+}
+
+func (c *lockedContext) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.Context.Err()
+}
+
+// A writer that holds such a lock, and overflows the watch, does not wait for the watch that waits for the lock.
+func TestWatchOfLockedContext(t *testing.T) {
+	s := zestor.NewMemStore(zestor.StoreOptions[int]{})
+	ctx := &lockedContext{Context: t.Context()}
+	_, err := s.Watch(ctx, "k", zestor.WithBufferSize(70))
+	check(t, err)
+	for i := range 80 { // 64 fill the channel, 6 the queue, one overflows
+		ctx.mu.Lock()
+		fileOK(t)(s.Set("k", fmt.Sprint(i), i))
+		ctx.mu.Unlock()
+		time.Sleep(time.Millisecond)
+	}
+	check(t, s.Close())
+}
+
+// A context from outside a bubble keeps nothing in it from being idle.
+func TestWatchInBubbleOfOuterContext(t *testing.T) {
+	outer, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	outer.Done() // makes its channel
+	synctest.Test(t, func(t *testing.T) {
+		s := zestor.NewMemStore(zestor.StoreOptions[int]{})
+		events, err := s.Watch(outer, "k")
+		check(t, err)
+		check(t, rwErr(s.Set("k", "a", 1)))
+		synctest.Wait()
+		fileEqual(t, "events", len(events), 1)
+		check(t, s.Close())
+	})
 }
 
 // What is undelivered when ctx ends is dropped, also under a consumer that keeps pace.
