@@ -812,7 +812,7 @@ func (s *sqliteEngine) restartWAL(c *conn) {
 	for length >= maxWAL && c.err == nil && time.Since(start) < 3300*time.Millisecond {
 		s.room = length
 		// A short try misses the end of long reads if others write between; a long one keeps them from it.
-		wait(max(lockPoll, min(40*lockPoll, s.busyTimeout/4-time.Since(start))))
+		wait(max(lockPoll, min(100*lockPoll, s.busyTimeout/4)-time.Since(start)))
 		for log := range c.rows(`PRAGMA wal_checkpoint(RESTART)`) {
 			now := as[int64](log[1]) * s.page // negative while another restarts it
 			if log[0] == int64(0) || 0 <= now && now < length {

@@ -6863,10 +6863,11 @@ func TestWatchLockedOut(t *testing.T) {
 // Nothing of a watch that ends meanwhile waits for that lock.
 func TestWatchEndsLockedOut(t *testing.T) {
 	s, path := watchFile(t, zestor.SQLiteOptions[string]{DisableWAL: true, BusyTimeout: time.Hour})
-	fileOK(t)(s.Set("k", "a", "1"))
 	ctx, cancel := context.WithCancel(t.Context())
 	events, err := s.Watch(ctx, "k")
 	check(t, err)
+	fileOK(t)(s.Set("k", "a", "1"))
+	<-events // so that the tail is connected, for which it would wait
 	db := fileDB(t, path)
 	check(t, rwErr(db.Exec(`BEGIN EXCLUSIVE`)))
 	time.Sleep(50 * time.Millisecond) // so that the tail waits already
