@@ -3390,13 +3390,13 @@ func TestWatchRestoredJustNow(t *testing.T) {
 			watchFill(t, other, "k", 10)
 			older := watchOn(t, s, "k")
 			events := watchFill(t, other, "k", 100)
-			time.Sleep(25 * time.Millisecond) // of the bubble: the tail looks
+			time.Sleep(25_300 * time.Microsecond) // of the bubble: the tail looks, but at no time that main wakes at
 			restore()
 			ch, err := s.Watch(t.Context(), "k", opts...)
 			if !errors.Is(err, zestor.ErrCompacted) || ch != nil {
 				t.Fatalf("Watch: %v", err)
 			}
-			time.Sleep(25 * time.Millisecond)
+			time.Sleep(25_300 * time.Microsecond)
 			ctx, cancel := context.WithCancel(t.Context())
 			check(t, rwErr(s.Watch(ctx, "k")))
 			synctest.Wait()
@@ -3422,7 +3422,7 @@ func TestWatchRestoredBelowItsBeginning(t *testing.T) {
 				other := openSQLite(t, zestor.SQLiteOptions[string]{DSN: path})
 				older := watchOn(t, s, "k")
 				events := watchFill(t, other, "k", 100) // more than fit the channel
-				time.Sleep(25 * time.Millisecond)       // of the bubble: the tail looks, and is at 100
+				time.Sleep(25_300 * time.Microsecond)   // of the bubble: the tail looks, and is at 100
 				watchFill(t, other, "k", between)
 				restore := watchBackup(t, path)
 				watchFill(t, other, "k", 100)
@@ -3433,7 +3433,7 @@ func TestWatchRestoredBelowItsBeginning(t *testing.T) {
 						t.Fatalf("Watch: %v", err)
 					}
 				}
-				time.Sleep(25 * time.Millisecond)
+				time.Sleep(25_300 * time.Microsecond)
 				watchFill(t, other, "k", 200)
 				watchWant(t, ch, fmt.Sprintf("error r%d compacted", 200+between), "closed")
 				watchWant(t, older, append(events, "error r100 compacted", "closed")...)
