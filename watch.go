@@ -79,7 +79,7 @@ type watchOptions struct {
 }
 
 func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOption) (ch <-chan Event[T], err error) {
-	w := &watch[T, V]{kind: kind, ctx: ctx, wake: make(chan struct{}, 1)}
+	w := &watch[T, V]{kind: kind, wake: make(chan struct{}, 1)}
 	w.limit, w.counted.L = DefaultWatchBufferSize, &w.mu
 	var ended error // ctx's, which comes back as it is
 	err = st.call(&place{"watch", kind}, func() error {
@@ -104,7 +104,7 @@ func (st *store[T, V]) Watch(ctx context.Context, kind string, opts ...WatchOpti
 			ended = ctx.Err()
 			return ended
 		}
-		w.stop = context.AfterFunc(ctx, func() { try(w.wake, struct{}{}) })
+		w.done, w.stop = ctx.Done(), context.AfterFunc(ctx, func() { try(w.wake, struct{}{}) })
 		size := int(reflect.TypeFor[Event[T]]().Size())
 		w.ch = make(chan Event[T], max(1, min(w.limit, 64, 16<<10/size))) // at most 16 KiB, or one
 		if err := st.begin(w); err != nil {
@@ -162,11 +162,10 @@ func (c *core[T, V]) deliver(w *watch[T, V], failure error) {
 	var ev Event[T]      // the first in queue, if it is decoded
 	var ch chan Event[T] // where to send it; nil: it is not
 	sent := false        // it has gone into ch, and is yet to be counted
-	done := w.ctx.Done() // not in the select below: in a synctest bubble it may be from outside
 	for {
 		over := c.hub.ended.Load()
 		select {
-		case <-done:
+		case <-w.done: // not in the select below: in a synctest bubble it may be from outside
 			over = true
 		default:
 		}
@@ -311,8 +310,8 @@ func (h *hub[T, V]) wait() {
 type watch[T, V any] struct {
 	watchOptions
 	kind string
-	ctx  context.Context // the caller's
-	stop func() bool     // its end wakes the watch no more
+	done <-chan struct{} // the context's
+	stop func() bool     // the context's end wakes the watch no more
 	ch   chan Event[T]
 	from int64         // live changes come after this revision
 	over bool          // protected by the hub's mu; it has got an EventError and takes no more
