@@ -3445,6 +3445,14 @@ func TestWatchRestoredBelowItsBeginning(t *testing.T) {
 	}
 }
 
+// SQLite returns a row as it is before its triggers have put it right.
+func TestFileReturning(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	fileMake(t, path, 1)
+	fileEqual(t, "returned", fileQuery(t, path, `UPDATE zestor_kv SET value = '{}' RETURNING version`), "1")
+	fileEqual(t, "stored", fileQuery(t, path, `SELECT version FROM zestor_kv`), "2")
+}
+
 // A copy made with .dump goes on where the file was.
 func TestFileDumped(t *testing.T) {
 	watchHasShell(t)
@@ -5375,6 +5383,13 @@ var _ = child("file nobody", func(args []string) {
 		}
 	}
 	must(s.Close())
+	for _, name := range []string{"mine.db", "mine.db-wal", "mine.db-shm"} { // as the README says
+		must(os.Chmod(at("open", name), 0o644))
+	}
+	s, err = fileOpen(at("open", "mine.db"))
+	must(err)
+	must(rwErr(s.Set("k", "a", user{Age: -1})))
+	must(s.Close())
 
 	s, err = fileOpen(at("open", "moment.db"))
 	must(err)
@@ -5494,6 +5509,62 @@ func TestFileLongTransactions(t *testing.T) {
 			<-begun
 		})
 	}
+}
+
+// The gap is an eighth of what the lock was held for, from 20 ms on and up to 0.1 s; also after a panic, but
+// not if nothing was locked. A bubble's clock tells exactly.
+func TestFileGap(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.db")
+	fileMake(t, path, 1)
+	for _, c := range []struct {
+		name, dsn string
+		held, gap time.Duration
+	}{
+		{"short", path, 20 * time.Millisecond, 0},
+		{"long", path, 80 * time.Millisecond, 10 * time.Millisecond},
+		{"very long", path, time.Minute, 100 * time.Millisecond},
+		{"read-only", fileURI(path, "mode=ro"), time.Minute, 0},
+		{"in memory", ":memory:", time.Minute, 0},
+		{"locked out", path, 0, 0},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := openSQLite(t, zestor.SQLiteOptions[user]{DSN: c.dsn, BusyTimeout: 30 * time.Millisecond})
+			defer s.Close() // within the bubble
+			update := func() error {
+				defer func() { recover() }()
+				return s.Update(func(tx zestor.ReadWriter[user]) error {
+					time.Sleep(c.held)
+					panic("as good as a return")
+				})
+			}
+			if c.held == 0 {
+				db := fileDB(t, path)
+				defer db.Close()
+				check(t, rwErr(db.Exec("BEGIN IMMEDIATE")))
+				check(t, fileBad(update(), "BusyTimeout", path))
+				check(t, rwErr(db.Exec("ROLLBACK")))
+			} else {
+				check(t, update())
+			}
+			start := time.Now()
+			check(t, s.Update(func(zestor.ReadWriter[user]) error { return nil }))
+			fileEqual(t, c.name, time.Since(start), c.gap)
+		})
+	}
+}
+
+// A bubble's clock is years behind the one by which a gap was set.
+func TestFileGapBeforeBubble(t *testing.T) {
+	s := openSQLite(t, zestor.SQLiteOptions[int]{DSN: filepath.Join(t.TempDir(), "a.db")})
+	check(t, s.Update(func(zestor.ReadWriter[int]) error {
+		time.Sleep(900 * time.Millisecond)
+		return nil
+	}))
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		fileOK(t)(s.Set("k", "a", 1))
+		fileEqual(t, "waited", time.Since(start), 100*time.Millisecond)
+	})
 }
 
 // A write that waits to leave such a gap looks afterwards whether the file is still there.
